@@ -1,0 +1,1 @@
+"""Which prompts, how many rollouts each, how long: this floor starts with the data (`rlbal.prompts.data`)."""

@@ -1,0 +1,292 @@
+"""From the recipe's `data:` section to training and held-out prompts.
+
+Every process of a run calls `load_data` by itself and gets the same rows: nothing here depends on the process, and
+only the recipe's seed decides what is held out. Nothing is written beside the user's files; the columns added here
+live in memory.
+"""
+
+import hashlib
+import json
+import random
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from rlbal.errors import DataError
+from rlbal.prompts.generate import generate_problems
+from rlbal.prompts.sources import Source, column_array, read_files, read_folder, read_hub, table_source
+from rlbal.prompts.templates import render_prompts, require_column
+from rlbal.recipe import AnyData, DataSection, FileData, FolderData, ReasoningGymData
+
+# Names that the trainer passes to reward functions itself; a column of that name would be lost or clash.
+RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "token_budget")
+
+
+@dataclass(frozen=True)
+class PromptData:
+    """The prompts of a run.
+
+    Both datasets hold the source's columns and `prompt` (str, or a list of role/content messages), `prompt_id` (str,
+    unique over both) and `prompt_index` (int64, the row's position in its dataset).
+
+    Attributes:
+        train: training rows in the source's order.
+        eval: held-out rows with distinct prompts, none of which is in `train`; None if nothing is held out. In random
+            order when split off by seed, so that the first n are a fair sample.
+        notes: what was left out and why, for people.
+    """
+
+    train: datasets.Dataset
+    eval: datasets.Dataset | None
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """A source with its `prompt` and `prompt_id` columns; `keys[i]` is equal for rows of equal prompt."""
+
+    source: Source
+    keys: list[str]
+    ids: list[str]
+
+
+def load_data(data: AnyData, seed: int) -> PromptData:
+    """Read, render, identify and split the data of a recipe.
+
+    With `eval_path` or `eval_split` every distinct prompt there is held out; otherwise `eval_size` distinct prompts
+    are drawn by seed. Training rows that repeat a held-out prompt are dropped. `max_rows` then keeps the first ones.
+
+    Args:
+        data: the recipe's `data:` section.
+        seed: the recipe's seed; also that of generated problems.
+
+    Raises:
+        DataError: names file, row and column of what is wrong.
+    """
+    source, held_out = _read(data, seed)
+    rendered = _render(source, data)
+    notes: list[str] = []
+    if held_out is not None:
+        evaluation = _render(held_out, data)
+        eval_rows = _distinct(evaluation.keys)
+        if repeats := len(evaluation.keys) - len(eval_rows):
+            notes.append(f"{repeats} held-out rows dropped: they repeat the prompt of another held-out row")
+    else:
+        evaluation = rendered
+        eval_rows = _draw(rendered.keys, data.eval_size, seed, source.name)
+    held_keys = {evaluation.keys[row] for row in eval_rows}
+    train_rows = [row for row, key in enumerate(rendered.keys) if key not in held_keys]
+    if overlap := len(rendered.keys) - len(train_rows) - (len(eval_rows) if held_out is None else 0):
+        notes.append(f"{overlap} training rows dropped: same prompt as a held-out row")
+    if not train_rows:
+        raise DataError(
+            f"no training row is left: every prompt of {source.name} is also held out in {evaluation.source.name}",
+            fix="name different rows for evaluation",
+        )
+    if data.difficulty is not None:
+        require_column(evaluation.source, data.difficulty, "`data.difficulty`")
+    if held_out is not None:
+        _refuse_shared_ids(rendered, train_rows, evaluation, eval_rows)
+    train = _select(rendered, train_rows[: data.max_rows])
+    return PromptData(train, _select(evaluation, eval_rows) if eval_rows else None, notes)
+
+
+def prompt_token_lengths(
+    dataset: datasets.Dataset, tokenizer: Any, chat_template_kwargs: dict[str, Any] | None = None
+) -> list[int]:
+    """Tokens of every prompt as the policy will see it: plain, or through the chat template up to the answer.
+
+    A `{token_budget}` field that is still to be rendered counts as it stands.
+
+    Raises:
+        DataError: chat prompts and a tokenizer whose chat template is missing or refuses them.
+    """
+    lengths: list[int] = []
+    for start in range(0, len(dataset), 1000):
+        prompts = dataset[start : start + 1000]["prompt"]
+        if isinstance(prompts[0], str):
+            lengths += map(len, tokenizer(prompts, verbose=False)["input_ids"])
+            continue
+        try:
+            encoded = tokenizer.apply_chat_template(
+                prompts, add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
+            )
+        except Exception as error:  # no template, or one that raises for these roles
+            raise DataError(
+                "the tokenizer cannot render the chat prompts",
+                why=str(error).splitlines()[0] if str(error) else type(error).__name__,
+                fix="use a model with a chat template that takes these roles, or plain prompts: leave out "
+                "`data.conversational` and `data.system`",
+            ) from None
+        lengths += map(len, encoded["input_ids"])
+    return lengths
+
+
+def limit_prompt_tokens(
+    dataset: datasets.Dataset, tokenizer: Any, data: DataSection, chat_template_kwargs: dict[str, Any] | None = None
+) -> tuple[datasets.Dataset, str | None]:
+    """Apply `data.max_prompt_tokens`: refuse longer prompts, or drop them and renumber `prompt_index`.
+
+    Returns:
+        The dataset and a note about dropped rows, or None if all were kept.
+
+    Raises:
+        DataError: a prompt is too long and `data.overlong` is `error`; or every prompt is too long.
+    """
+    limit = data.max_prompt_tokens
+    if limit is None:
+        return dataset, None
+    lengths = prompt_token_lengths(dataset, tokenizer, chat_template_kwargs)
+    kept = [row for row, length in enumerate(lengths) if length <= limit]
+    dropped = len(lengths) - len(kept)
+    if not dropped:
+        return dataset, None
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    what = (
+        f"{dropped} of {len(lengths)} prompts have more than {limit} tokens; the longest is row {longest + 1} "
+        f"(prompt_id {dataset[longest]['prompt_id']}) with {lengths[longest]}"
+    )
+    if data.overlong == "error" or not kept:
+        raise DataError(what, fix="raise `data.max_prompt_tokens`, or set `data.overlong: drop` if others are shorter")
+    short = dataset.select(kept).flatten_indices(keep_in_memory=True).remove_columns("prompt_index")
+    return short.add_column("prompt_index", np.arange(len(kept))), f"dropped: {what}"
+
+
+def _read(data: AnyData, seed: int) -> tuple[Source, Source | None]:
+    """The source of a recipe and, if the recipe names one, the source of its held-out rows."""
+    if isinstance(data, ReasoningGymData):
+        problems = generate_problems(data.task, data.config, data.size, seed)
+        return table_source(_problem_table(problems), f"reasoning-gym task `{data.task}`"), None
+    if isinstance(data, FileData):
+        held_out = read_files(data.eval_path, "data.eval_path") if data.eval_path else None
+        return read_files(data.path, "data.path"), held_out
+    if isinstance(data, FolderData):
+        held_out = read_folder(data.path, data.eval_split, "data.eval_split") if data.eval_split else None
+        return read_folder(data.path, data.split, "data.split"), held_out
+    source = read_hub(data.path, data.config, data.split, data.revision, "data.split")
+    if not data.eval_split:
+        return source, None
+    return source, read_hub(data.path, data.config, data.eval_split, data.revision, "data.eval_split")
+
+
+def _problem_table(problems: list[dict[str, Any]]) -> pa.Table:
+    """Columns `question`, `answer`, `metadata` (JSON text), and one per plain value that all metadata have."""
+    columns: dict[str, Any] = {
+        "question": [problem["question"] for problem in problems],
+        "answer": pa.array([problem["answer"] for problem in problems], pa.string()),
+        "metadata": [json.dumps(problem["metadata"]) for problem in problems],
+    }
+    for name in problems[0]["metadata"]:
+        values = [problem["metadata"].get(name) for problem in problems]
+        plain = all(isinstance(value, str | bool | int | float) for value in values)
+        if plain and name not in columns and name not in (*RESERVED, "prompt", "prompt_id", "prompt_index"):
+            try:
+                columns[name] = column_array(values, name, str)
+            except DataError:  # mixed types, or integers beyond 64 bits: still in `metadata`
+                continue
+    return pa.table(columns)
+
+
+def _render(source: Source, data: DataSection) -> _Rendered:
+    source = _rename(source, data.columns)
+    for name in RESERVED:
+        if name in source.dataset.column_names:
+            raise DataError(
+                f"{source.name}: the column name `{name}` is reserved for the trainer",
+                fix=f"rename it, e.g. `data.columns: {{my_{name}: {name}}}`",
+            )
+    prompts = render_prompts(source, data)
+    keys = [prompt if isinstance(prompt, str) else json.dumps(prompt) for prompt in prompts]
+    has_ids = "prompt_id" in source.dataset.column_names
+    ids = _own_ids(source) if has_ids else _make_ids(source.dataset, prompts)
+    extra = [name for name in ("prompt", "prompt_id", "prompt_index") if name in source.dataset.column_names]
+    text = datasets.Value("string")
+    feature = text if isinstance(prompts[0], str) else datasets.List({"role": text, "content": text})
+    dataset = source.dataset.remove_columns(extra).add_column("prompt", prompts, feature=feature)
+    dataset = dataset.add_column("prompt_id", ids, feature=text)
+    return _Rendered(Source(dataset, source.name, source.row_name), keys, ids)
+
+
+def _rename(source: Source, columns: dict[str, str]) -> Source:
+    """Apply `data.columns` (new name -> old name)."""
+    names, taken = source.dataset.column_names, Counter(columns.values())
+    for new, old in columns.items():
+        require_column(source, old, f"`data.columns.{new}`")
+        if taken[old] > 1:
+            raise DataError(f"`data.columns` gives the column `{old}` two new names", fix="keep one of them")
+        if new in names and new not in taken:
+            raise DataError(
+                f"`data.columns.{new}: {old}`: {source.name} already has a column `{new}`",
+                fix=f"give that one another name too, e.g. `old_{new}: {new}`",
+            )
+    dataset = source.dataset.rename_columns({old: new for new, old in columns.items()})
+    return Source(dataset, source.name, source.row_name)
+
+
+def _make_ids(dataset: datasets.Dataset, prompts: list[Any]) -> list[str]:
+    """16 hex characters from prompt, gold answer and, for exact repeats, which repeat it is."""
+    answers = dataset["answer"][:] if "answer" in dataset.column_names else [None] * len(prompts)
+    seen: Counter[str] = Counter()
+    ids = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        content = json.dumps([prompt, answer], default=str)
+        ids.append(hashlib.sha256(f"{seen[content]} {content}".encode()).hexdigest()[:16])
+        seen[content] += 1
+    return ids
+
+
+def _own_ids(source: Source) -> list[str]:
+    """The dataset's own `prompt_id` column as text, unique."""
+    first: dict[str, int] = {}
+    for row, value in enumerate(source.dataset["prompt_id"][:]):
+        if value is None or not str(value).strip():
+            raise DataError(f"{source.row_name(row)}: column `prompt_id` is empty", fix="fill it or remove the column")
+        if str(value) in first:
+            where = f"{source.row_name(first[str(value)])} and {source.row_name(row)}"
+            raise DataError(f"`prompt_id` {value} appears twice: {where}", fix="make them unique or remove the column")
+        first[str(value)] = row
+    return list(first)
+
+
+def _refuse_shared_ids(train: _Rendered, train_rows: list[int], held_out: _Rendered, eval_rows: list[int]) -> None:
+    held_ids = {held_out.ids[row]: row for row in eval_rows}
+    for row in train_rows:
+        if train.ids[row] in held_ids:
+            where = f"{train.source.row_name(row)} and {held_out.source.row_name(held_ids[train.ids[row]])}"
+            raise DataError(
+                f"`prompt_id` {train.ids[row]} stands for two prompts: {where}",
+                fix="make them unique over training and held-out rows, or remove the column",
+            )
+
+
+def _distinct(keys: list[str]) -> list[int]:
+    """The first row of every distinct prompt, in order."""
+    first: dict[str, int] = {}
+    for row, key in enumerate(keys):
+        first.setdefault(key, row)
+    return list(first.values())
+
+
+def _draw(keys: list[str], size: int, seed: int, name: str) -> list[int]:
+    """Draw rows of distinct prompts to hold out, leaving at least one prompt to train on."""
+    candidates = _distinct(keys)
+    if size >= len(candidates):
+        raise DataError(
+            f"`data.eval_size: {size}` leaves nothing to train on: {name} has {len(keys)} rows with "
+            f"{len(candidates)} distinct prompts",
+            fix=f"set `data.eval_size` to at most {len(candidates) - 1}, or use more data",
+        )
+    return random.Random(seed).sample(candidates, size)
+
+
+def _select(rendered: _Rendered, rows: list[int]) -> datasets.Dataset:
+    """The given rows, with `prompt_index` counting them. The column is added first: `datasets` would otherwise copy
+    the selection into a cache file."""
+    dataset = rendered.source.dataset
+    positions: np.ndarray = np.full(len(dataset), -1)
+    positions[rows] = np.arange(len(rows))
+    return dataset.add_column("prompt_index", positions).select(rows)

@@ -1,0 +1,155 @@
+"""The run directory: what a run leaves behind, written so that it can be found again and trusted.
+
+    .rlbal-run          marks the directory as ours: only such a directory is ever deleted
+    recipe.yaml         the resolved recipe
+    metrics.jsonl       one object per optimizer step
+    evaluations.jsonl   one object per evaluation
+    checkpoint-N/       TRL's checkpoint and rlbal's state
+    best.json           which checkpoint scored best, and how
+    warm_start/         the tiny model as RL found it (only with `model.tiny.warm_start`)
+    model/              the final model
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlbal.errors import RunError
+from rlbal.recipe import Recipe, read_recipe
+
+MARKER = ".rlbal-run"
+STATE = "rlbal_state.json"
+
+
+class RunDirectory:
+    """One run's folder. Reading needs no torch and imports no reward code."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evaluations_path(self) -> Path:
+        return self.path / "evaluations.jsonl"
+
+    @property
+    def model_path(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def is_run(self) -> bool:
+        return (self.path / MARKER).is_file()
+
+    def check_free(self, overwrite: bool = False) -> None:
+        """See whether a new run may start here; changes nothing.
+
+        Raises:
+            RunError: something is there already and may not be deleted.
+        """
+        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+            return
+        if not self.is_run:
+            raise RunError(
+                f"{self.path} exists and is not a run of rlbal",
+                why=f"it has no {MARKER} file, so it will not be deleted, with or without --overwrite",
+                fix="choose another `output_dir`, or remove it yourself",
+            )
+        if not overwrite:
+            raise RunError(
+                f"{self.path} already holds a run",
+                fix="continue it with --resume, start afresh with --overwrite, or choose another `output_dir`",
+            )
+
+    def start(self, recipe: Recipe, overwrite: bool = False) -> None:
+        """Make the directory for a new run; with `overwrite`, delete the run that is there.
+
+        Raises:
+            RunError: as `check_free`.
+        """
+        self.check_free(overwrite)
+        if self.is_run:
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / MARKER).touch()
+        write_whole(self.path / "recipe.yaml", recipe.dump())
+
+    def recipe(self) -> Recipe:
+        """The recipe this run was started with.
+
+        Raises:
+            RunError: this is no run directory.
+        """
+        if not self.is_run:
+            raise RunError(f"{self.path} is not a run of rlbal", why=f"it has no {MARKER} file")
+        return read_recipe(self.path / "recipe.yaml")
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first. One without both state files was cut off while being written."""
+        found = [path for path in self.path.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+        whole = [path for path in found if (path / STATE).is_file() and (path / "trainer_state.json").is_file()]
+        return sorted(whole, key=lambda path: int(path.name.split("-")[1]))
+
+    def latest_checkpoint(self) -> Path:
+        """The newest complete checkpoint.
+
+        Raises:
+            RunError: there is none.
+        """
+        checkpoints = self.checkpoints()
+        if not checkpoints:
+            raise RunError(
+                f"{self.path} has no checkpoint to resume from",
+                fix="start afresh with --overwrite; `trainer.save_steps` says how often checkpoints are written",
+            )
+        return checkpoints[-1]
+
+    def rewind(self, step: int) -> None:
+        """Forget what was recorded after `step`, which is about to be done again."""
+        for path in (self.metrics_path, self.evaluations_path):
+            if path.is_file():
+                kept = [record for record in read_jsonl(path) if record["step"] <= step]
+                write_whole(path, "".join(to_json(record) + "\n" for record in kept))
+
+
+def to_json(record: dict[str, Any]) -> str:
+    """One line of JSON; NaN and infinities, which JSON does not have, become null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return json.dumps(finite(record), ensure_ascii=False, allow_nan=False)
+
+
+def append_jsonl(path: Path, record: dict[str, Any]) -> None:
+    """Append one record as a line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(to_json(record) + "\n")
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Records of a file; a last line cut off by a crash is left out."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file by a new version, or leave the old one: never half of either."""
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)

@@ -1,0 +1,235 @@
+"""Samples for evaluation: plain transformers generation that depends only on the model, the seed and the prompt.
+
+One uniform number per token is drawn in advance from a generator of each sample's own, and the token is read off the
+cumulative distribution at that number. So a sample does not change with the batch it lands in, the batch size or the
+number of processes (but for rounding in the logits), and the random state that training draws from is never touched.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2 import TemplateError
+from rich.console import Console
+from rich.progress import track
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from rlbal.errors import DataError, RecipeError, RunError
+from rlbal.evaluation import Prompt, Sample
+from rlbal.recipe import EvaluationSection
+
+
+class InverseCdf(LogitsProcessor):
+    """Leaves only the token at which the cumulative distribution passes a given uniform number.
+
+    Args:
+        uniforms_BT: numbers in [0, 1), one per row and completion token.
+        prompt_length: tokens before the completion, padding included.
+    """
+
+    def __init__(self, uniforms_BT: torch.Tensor, prompt_length: int) -> None:
+        self.uniforms_BT, self.prompt_length = uniforms_BT, prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        # Double precision: over 150,000 tokens a float32 sum is off by more than the rarest tokens weigh.
+        cdf_BV = scores.double().softmax(dim=-1).cumsum(dim=-1)
+        total_B1 = cdf_BV[:, -1:]
+        if not torch.isfinite(total_B1).all():
+            raise RunError(
+                "the policy's token probabilities are not finite, so nothing can be sampled from it",
+                why="its weights or logits hold NaN or infinity; training has most likely diverged",
+                fix="go back to an earlier checkpoint and lower `trainer.learning_rate` or `trainer.max_grad_norm`",
+            )
+        uniform_B1 = self.uniforms_BT[:, input_ids.shape[1] - self.prompt_length, None]
+        token_B1 = torch.searchsorted(cdf_BV, uniform_B1 * total_B1, right=True).clamp(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token_B1, 0.0)
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """All tokens that end a completion: those of the model's generation config and the tokenizer's own."""
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({token for token in [*ids, tokenizer.eos_token_id] if token is not None})
+
+
+def prompt_token_ids(
+    tokenizer: Any, prompts: Sequence[Prompt], chat_template_kwargs: dict[str, Any] | None = None
+) -> list[list[int]]:
+    """Tokenize prompts as TRL's trainer does: chat messages through the chat template, text as it is.
+
+    Raises:
+        RecipeError: chat messages, but the tokenizer has no chat template.
+        DataError: the chat template refuses a prompt, or a prompt has no tokens.
+    """
+    if not prompts:
+        return []
+    if isinstance(prompts[0], str):
+        ids = tokenizer(text=list(prompts))["input_ids"]
+    elif not tokenizer.chat_template:
+        raise RecipeError(
+            "the prompts are chat messages, but the model's tokenizer has no chat template",
+            fix="set `data.conversational: false` and leave out `data.system`, or use an instruction-tuned model",
+        )
+    else:
+        try:
+            encoded = tokenizer.apply_chat_template(
+                conversation=list(prompts),
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                **(chat_template_kwargs or {}),
+            )
+        except TemplateError as error:
+            raise DataError(
+                "the model's chat template refuses a prompt",
+                why=str(error),
+                fix="some templates allow no system message: move `data.system` into `data.prompt`",
+            ) from None
+        ids = encoded["input_ids"]
+    for index, row in enumerate(ids):
+        if not row:
+            raise DataError(f"prompt {index} has no tokens", fix="look at `data.prompt` and that row's columns")
+    return ids
+
+
+@contextmanager
+def _only_for_generation(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Evaluation mode, and `config` in place of the model's own, from which `generate` would fill every unset field."""
+    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own_config, training = owner.generation_config, [module for module in model.modules() if module.training]
+    model.eval()
+    owner.generation_config = config
+    try:
+        # Not inference_mode: buffers that a model caches in its forward must stay usable for training.
+        with torch.no_grad():
+            yield
+    finally:
+        owner.generation_config = own_config
+        for module in training:
+            module.training = True
+
+
+def _left_padded(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
+    width = max(map(len, rows))
+    ids = [[pad] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return {
+        "input_ids": torch.tensor(ids, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
+
+
+def _processors(
+    settings: EvaluationSection, keys: list[tuple[int, int, int]], tokens: int, prompt_length: int, device: torch.device
+) -> LogitsProcessorList:
+    """Temperature, top-k and top-p, then the draw of each row from the generator seeded by its key."""
+    uniforms_BT = torch.from_numpy(np.stack([np.random.default_rng(key).random(tokens) for key in keys]))
+    processors = LogitsProcessorList()
+    if settings.temperature != 1.0:
+        processors.append(TemperatureLogitsWarper(settings.temperature))
+    if settings.top_k:
+        processors.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p < 1.0:
+        processors.append(TopPLogitsWarper(settings.top_p))
+    processors.append(InverseCdf(uniforms_BT.to(device), prompt_length))
+    return processors
+
+
+def _until_end(row: list[int], ends: list[int]) -> list[int]:
+    """Tokens up to the first end token, which is kept as TRL keeps it."""
+    stop = next((index for index, token in enumerate(row) if token in ends), len(row) - 1)
+    return row[: stop + 1]
+
+
+def _batches(
+    lengths: list[int], samples: int, batch_size: int, greedy: bool, progress: bool
+) -> Iterable[list[tuple[int, int]]]:
+    """(prompt, sample) pairs in batches, behind a progress bar if there is a terminal to show it on.
+
+    Longest prompts first: rows of a batch are alike in length, and a lack of memory shows at once.
+    """
+    pairs = [(prompt, sample) for prompt in range(len(lengths)) for sample in range(samples)]
+    pairs.sort(key=lambda pair: -lengths[pair[0]])
+    console = Console(stderr=True)
+    return track(
+        [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)],
+        "Evaluating (greedy)" if greedy else "Evaluating",
+        console=console,
+        transient=True,
+        disable=not (progress and console.is_terminal),
+    )
+
+
+def generate_samples(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    settings: EvaluationSection,
+    *,
+    max_new_tokens: int,
+    seed: int,
+    greedy: bool = False,
+    positions: Sequence[int] | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[list[Sample]]:
+    """Sample completions with the evaluation's own settings, whatever the model's generation config asks for.
+
+    Sample s of the prompt at position p depends on (seed, p, s) and the model alone. The model's mode and generation
+    config are as before when this returns. Under ZeRO-3 or FSDP every process needs the same number of prompts.
+
+    Args:
+        model: an unwrapped causal LM, or a PEFT model around one.
+        prompts: texts, or lists of chat messages.
+        settings: `samples_per_prompt`, `temperature`, `top_p`, `top_k` and `batch_size` are used.
+        max_new_tokens: longest completion, in tokens, end token included.
+        greedy: one completion of the likeliest tokens per prompt instead.
+        positions: where each prompt stands in the whole evaluation; default 0, 1, 2, …
+        device: default the model's.
+        progress: show a bar on standard error if that is a terminal.
+        chat_template_kwargs: passed to the chat template, as in TRL.
+
+    Returns:
+        For each prompt, in the order given, its samples.
+
+    Raises:
+        RecipeError, DataError: a prompt cannot be tokenized (see `prompt_token_ids`).
+        RunError: the model gives NaN.
+    """
+    device = torch.device(device or model.device)
+    ends = end_tokens(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
+    config = GenerationConfig(
+        do_sample=False,  # the draw is ours: see InverseCdf
+        max_new_tokens=max_new_tokens,
+        use_cache=True,
+        eos_token_id=ends or None,
+        pad_token_id=pad,
+        disable_compile=True,
+    )
+    ids = prompt_token_ids(tokenizer, prompts, chat_template_kwargs)
+    positions = range(len(ids)) if positions is None else positions
+    samples = 1 if greedy else settings.samples_per_prompt
+    results: dict[tuple[int, int], Sample] = {}
+    with _only_for_generation(model, config):
+        for batch in _batches([len(row) for row in ids], samples, settings.batch_size, greedy, progress):
+            inputs = _left_padded([ids[prompt] for prompt, _ in batch], pad, device)
+            width = inputs["input_ids"].shape[1]
+            keys = [(seed, positions[prompt], sample) for prompt, sample in batch]
+            processors = None if greedy else _processors(settings, keys, max_new_tokens, width, device)
+            output = model.generate(**inputs, generation_config=config, logits_processor=processors)
+            rows = [_until_end(row, ends) for row in output[:, width:].tolist()]
+            texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+            for pair, row, text in zip(batch, rows, texts, strict=True):
+                results[pair] = Sample(row, text, truncated=row[-1] not in ends)
+    return [[results[prompt, sample] for sample in range(samples)] for prompt in range(len(ids))]

@@ -1,0 +1,1 @@
+"""Compute spent, and what more of it would buy."""

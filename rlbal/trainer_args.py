@@ -1,0 +1,264 @@
+"""The recipe's `trainer:` section, checked against TRL's GRPOConfig and turned into one.
+
+Any field of GRPOConfig may be set there, except those that another section of the recipe decides.
+"""
+
+import dataclasses
+import typing
+import warnings
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from rlbal.errors import RecipeError, nearest
+from rlbal.recipe import Recipe
+
+if TYPE_CHECKING:
+    from trl import GRPOConfig
+
+# TRL's key -> where the recipe says it.
+OWNED = {
+    "output_dir": "`output_dir`",
+    "seed": "`seed`",
+    "data_seed": "`seed`",
+    "num_generations": "`algorithm.rollouts_per_prompt`",
+    "num_generations_eval": "`evaluation.samples_per_prompt`",
+    "per_device_eval_batch_size": "`evaluation.batch_size`",
+    "scale_rewards": "`advantage.scale`",
+    "multi_objective_aggregation": "`advantage.order`",
+    "reward_weights": "`rewards.functions.<name>.weight`",
+    "remove_unused_columns": "nothing: rlbal keeps every column, since rewards may need them",
+    "model_init_kwargs": "`model`",
+    "trust_remote_code": "`model.trust_remote_code`",
+    "do_eval": "`evaluation`",
+    "eval_strategy": "`evaluation.every`",
+    "eval_steps": "`evaluation.every`",
+    "eval_on_start": "`evaluation.at_start`",
+    "metric_for_best_model": "`evaluation.best_metric`",
+    "greater_is_better": "`evaluation.best_metric`",
+    "load_best_model_at_end": "`evaluation.best_metric` (the best checkpoint is kept)",
+    "resume_from_checkpoint": "`rlbal train --resume`",
+    "logging_steps": "nothing: every step is logged, so that metrics.jsonl has no gaps",
+    "logging_strategy": "nothing: every step is logged, so that metrics.jsonl has no gaps",
+}
+CHOICES = {
+    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "vllm_mode": ("colocate", "server"),
+}
+
+
+@cache
+def trainer_model() -> type[BaseModel]:
+    """A pydantic model with GRPOConfig's fields, types, defaults and help texts, without rlbal's own keys."""
+    from trl import GRPOConfig
+
+    hints = typing.get_type_hints(GRPOConfig)
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(GRPOConfig):
+        if not field.init or field.name in OWNED:
+            continue
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        else:
+            default = None if field.default is dataclasses.MISSING else field.default
+        # Choices get their own message in `validate_trainer`, before the types are looked at.
+        kind = typing.Literal[CHOICES[field.name]] if field.name in CHOICES else hints[field.name]
+        fields[field.name] = (kind, Field(default, description=field.metadata.get("help")))
+    config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+    return create_model("TrainerSection", __config__=config, **fields)
+
+
+def validate_trainer(values: dict[str, Any]) -> dict[str, Any]:
+    """Check the keys and types of a `trainer:` section.
+
+    Returns:
+        The same keys with values of TRL's types (`"1e-5"` becomes a float).
+
+    Raises:
+        RecipeError: a key TRL does not have, one that another section owns, or a value of the wrong type.
+    """
+    model = trainer_model()
+    for key in values:
+        if key in OWNED:
+            raise RecipeError(f"`trainer.{key}` is not set here", fix=f"its place in the recipe: {OWNED[key]}")
+        if key not in model.model_fields:
+            raise RecipeError(f"`trainer.{key}` is not a field of TRL's GRPOConfig. {nearest(key, model.model_fields)}")
+    try:
+        checked = model.model_validate(values)
+    except ValidationError as error:
+        lines = [f"`trainer.{item['loc'][0]}`: {item['msg']} (got {item['input']!r})" for item in error.errors()]
+        raise RecipeError("\n".join(lines)) from None
+    return {key: getattr(checked, key) for key in values}
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPlan:
+    """The batch arithmetic of a recipe for a number of processes."""
+
+    num_processes: int
+    per_device: int
+    accumulation: int
+    steps_per_generation: int
+    rollouts_per_prompt: int
+
+    @property
+    def rollouts(self) -> int:
+        """Completions per generation batch, over all processes (N)."""
+        return self.num_processes * self.per_device * self.steps_per_generation
+
+    @property
+    def prompts(self) -> int:
+        """Prompts per generation batch (P)."""
+        return self.rollouts // self.rollouts_per_prompt
+
+    def explain(self) -> str:
+        """The arithmetic in one sentence."""
+        return (
+            f"{self.num_processes} processes x {self.per_device} rows per device x {self.steps_per_generation} steps "
+            f"per generation = {self.rollouts} rollouts = {self.prompts} prompts x {self.rollouts_per_prompt} rollouts; "
+            f"optimizer step every {self.accumulation} micro-batches of {self.per_device * self.num_processes} rows"
+        )
+
+
+def plan_batches(recipe: Recipe, trainer: dict[str, Any], num_processes: int) -> BatchPlan:
+    """Work out the batches.
+
+    Raises:
+        RecipeError: sizes that do not divide, or too few rollouts.
+    """
+    model = trainer_model()
+
+    def value(key: str) -> Any:
+        return trainer.get(key, model.model_fields[key].default)
+
+    per_device, accumulation = value("per_device_train_batch_size"), value("gradient_accumulation_steps")
+    step_rows, batch = per_device * num_processes, value("generation_batch_size")
+    steps = value("steps_per_generation")
+    if batch is not None and steps is not None:
+        raise RecipeError(
+            "`trainer.generation_batch_size` and `trainer.steps_per_generation` say the same thing twice",
+            fix="keep one of them",
+        )
+    if batch is not None and batch % step_rows:
+        raise RecipeError(
+            f"`trainer.generation_batch_size` ({batch}) does not divide into micro-batches of "
+            f"{per_device} rows x {num_processes} processes = {step_rows}",
+            fix=f"make it a multiple of {step_rows}",
+        )
+    steps = batch // step_rows if batch is not None else steps or accumulation
+    plan = BatchPlan(num_processes, per_device, accumulation, steps, recipe.algorithm.rollouts_per_prompt)
+    if plan.rollouts % plan.rollouts_per_prompt:
+        raise RecipeError(
+            f"a generation batch of {plan.rollouts} rollouts does not divide into groups of "
+            f"{plan.rollouts_per_prompt} (`algorithm.rollouts_per_prompt`)",
+            why=f"{num_processes} processes x {per_device} rows per device x {steps} steps per generation "
+            f"= {plan.rollouts} (`launch.num_processes`, `trainer.per_device_train_batch_size`, "
+            "`trainer.steps_per_generation` or `trainer.gradient_accumulation_steps`)",
+            fix=f"make that product a multiple of {plan.rollouts_per_prompt}",
+        )
+    if plan.rollouts < 2:
+        raise RecipeError(
+            "a generation batch of 1 rollout cannot be compared with anything",
+            fix="raise `trainer.per_device_train_batch_size` or `trainer.gradient_accumulation_steps`",
+        )
+    return plan
+
+
+def check_generation(recipe: Recipe, trainer: dict[str, Any]) -> None:
+    """Refuse generation engines that cannot do what the recipe asks.
+
+    Raises:
+        RecipeError: the vLLM server with groups that are not equal and at least two, or two engines at once.
+    """
+    if trainer.get("use_vllm") and trainer.get("use_transformers_continuous_batching"):
+        raise RecipeError(
+            "`trainer.use_vllm` and `trainer.use_transformers_continuous_batching` are two engines for one job",
+            fix="keep one of them",
+        )
+    server = trainer.get("use_vllm") and trainer.get("vllm_mode", trainer_model().model_fields["vllm_mode"].default)
+    equal_groups = recipe.allocation.method == "uniform" and recipe.algorithm.rollouts_per_prompt > 1
+    if server == "server" and not equal_groups:
+        raise RecipeError(
+            "`trainer.vllm_mode: server` needs equal groups of at least 2 rollouts",
+            why="TRL sends every num_generations-th prompt to the server and asks for that many completions of each",
+            fix="use `trainer.vllm_mode: colocate`, or `allocation.method: uniform` with "
+            "`algorithm.rollouts_per_prompt` above 1",
+        )
+
+
+def config_kwargs(recipe: Recipe, trainer: dict[str, Any], plan: BatchPlan) -> dict[str, Any]:
+    """Keyword arguments of GRPOConfig: the recipe's `trainer:` section and what the other sections decide."""
+    evaluation, equal = recipe.evaluation, plan.rollouts_per_prompt > 1
+    aggregation = recipe.advantage.order
+    kwargs: dict[str, Any] = {
+        "use_vllm": False,
+        "report_to": "none",
+        **trainer,
+        "output_dir": recipe.output_dir,
+        "seed": recipe.seed,
+        # TRL's own advantages are replaced by ours; this only has to satisfy its reshapes. With equal groups it is the
+        # truth, so that TRL's own logs are too.
+        "num_generations": plan.rollouts_per_prompt if equal else plan.rollouts,
+        "num_generations_eval": 1,
+        "scale_rewards": {"batch_std": "batch", "none": "none"}.get(str(recipe.advantage.scale), "group"),
+        "multi_objective_aggregation": aggregation,
+        "reward_weights": [spec.weight for spec in recipe.rewards.functions.values()],
+        "remove_unused_columns": False,
+        "trust_remote_code": recipe.model.trust_remote_code,
+        "logging_steps": 1,
+        "eval_strategy": "no" if evaluation.every is None else "steps",
+        "eval_steps": evaluation.every,
+        "metric_for_best_model": f"eval_{evaluation.best_metric}" if evaluation.every is not None else None,
+        "greater_is_better": True if evaluation.every is not None else None,
+    }
+    return kwargs
+
+
+def _build(kwargs: dict[str, Any]) -> "GRPOConfig":
+    from trl import GRPOConfig
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return GRPOConfig(**kwargs)
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        raise RecipeError("TRL refuses the `trainer:` section", why=str(error)) from None
+
+
+def bind_trainer(recipe: Recipe) -> "tuple[GRPOConfig, BatchPlan]":
+    """Check a recipe against TRL on any machine, also one without the GPUs that it asks for.
+
+    Sizes are those of `launch.num_processes`, simulated as one process with as many times the rows.
+
+    Raises:
+        RecipeError: what `validate_trainer`, `plan_batches`, `check_generation` or GRPOConfig refuse.
+    """
+    trainer = validate_trainer(recipe.trainer)
+    plan = plan_batches(recipe, trainer, recipe.launch.num_processes)
+    check_generation(recipe, trainer)
+    kwargs = config_kwargs(recipe, trainer, plan)
+    kwargs["per_device_train_batch_size"] = plan.per_device * plan.num_processes
+    kwargs["use_cpu"] = True
+    kwargs.pop("tf32", None)  # only a GPU can be asked for it
+    return _build(kwargs), plan
+
+
+def training_args(recipe: Recipe, num_processes: int) -> "tuple[GRPOConfig, BatchPlan]":
+    """The GRPOConfig for the processes that are really here; on a machine without accelerator, the CPU is used.
+
+    Raises:
+        RecipeError: as `bind_trainer`, for the live number of processes.
+    """
+    import torch
+
+    trainer = validate_trainer(recipe.trainer)
+    plan = plan_batches(recipe, trainer, num_processes)
+    check_generation(recipe, trainer)
+    kwargs = config_kwargs(recipe, trainer, plan)
+    if not torch.accelerator.is_available():
+        kwargs["use_cpu"] = True
+        if not trainer.get("bf16"):
+            kwargs["bf16"] = False
+    return _build(kwargs), plan

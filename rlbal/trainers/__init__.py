@@ -1,0 +1,1 @@
+"""The training loop: TRL trainers extended through a few narrow seams."""

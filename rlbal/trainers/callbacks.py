@@ -1,0 +1,158 @@
+"""What happens around training steps: records, interruption, progress."""
+
+import signal
+import sys
+import time
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rlbal.run import STATE, RunDirectory, append_jsonl, to_json, write_whole
+
+if TYPE_CHECKING:
+    from rlbal.trainers.grpo import BalancedGRPOTrainer
+
+
+class RunRecorder(TrainerCallback):
+    """Writes metrics.jsonl, and rlbal's part of every checkpoint; keeps the best checkpoint."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+        self.trainer: BalancedGRPOTrainer | None = None
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        assert self.trainer is not None
+        self.trainer.step_started = time.perf_counter()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs is not None and "loss" in logs:
+            append_jsonl(self.run.metrics_path, {"step": state.global_step, **logs})
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        assert self.trainer is not None and self.trainer.last_evaluation is not None
+        step, evaluation = self.trainer.last_evaluation
+        if state.is_world_process_zero:
+            cost = self.trainer.totals.metrics(self.trainer.accelerator.num_processes)
+            append_jsonl(self.run.evaluations_path, {"step": step, **cost, **evaluation.to_json()})
+        # The Trainer compares after this callback; asking for a checkpoint here keeps the best one.
+        name = args.metric_for_best_model
+        value = (metrics or {}).get(name) if name else None
+        if value is None or state.global_step == 0 or not value > (state.best_metric or float("-inf")):
+            return
+        control.should_save = True
+        if state.is_world_process_zero:
+            best = {"step": state.global_step, "metric": name, "value": value}
+            best["checkpoint"] = f"checkpoint-{state.global_step}"
+            write_whole(self.run.path / "best.json", to_json(best) + "\n")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        assert self.trainer is not None
+        if state.is_world_process_zero:
+            checkpoint = self.run.path / f"checkpoint-{state.global_step}"
+            write_whole(checkpoint / STATE, to_json(self.trainer.rlbal_state()) + "\n")
+
+
+class Interruption(TrainerCallback):
+    """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.requested = False
+        self.trainer: BalancedGRPOTrainer | None = None
+        self._previous: dict[int, Any] = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        self.console.print("\nStopping after this step and saving a checkpoint. Press Ctrl-C again to stop at once.")
+
+    def __enter__(self) -> "Interruption":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # A signal may reach the processes on either side of a step's end; they must agree on the step they stop at.
+        assert self.trainer is not None
+        accelerator = self.trainer.accelerator
+        flag = torch.tensor(float(self.requested), device=accelerator.device)
+        if accelerator.num_processes > 1:
+            flag = accelerator.reduce(flag, reduction="sum")
+        if flag.item() > 0:
+            self.requested = True
+            control.should_save = control.should_training_stop = True
+
+
+class StepProgress(TrainerCallback):
+    """A progress bar over optimizer steps on a terminal, a line now and then elsewhere; on the main process only."""
+
+    SECONDS_BETWEEN_LINES = 20.0
+
+    def __init__(self, console: Console, reward_names: list[str]) -> None:
+        self.console, self.reward_names = console, reward_names
+        self.progress: Progress | None = None
+        self.last_line = time.monotonic()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero and self.console.is_terminal:
+            self.progress = Progress(
+                TextColumn("[bold]train"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[last]}"),
+                console=self.console,
+            )
+            self.task = self.progress.add_task("train", total=state.max_steps, completed=state.global_step, last="")
+            self.progress.start()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if not state.is_world_process_zero or logs is None or "loss" not in logs:
+            return
+        means = [f"{name} {logs.get(f'reward/{name}/mean', float('nan')):.2f}" for name in self.reward_names]
+        line = "  ".join([*means, f"length {logs.get('length/mean', float('nan')):.0f}"])
+        if self.progress is not None:
+            self.progress.update(self.task, completed=state.global_step, last=line)
+        elif time.monotonic() - self.last_line > self.SECONDS_BETWEEN_LINES or state.global_step == state.max_steps:
+            self.last_line = time.monotonic()
+            print(f"step {state.global_step}/{state.max_steps}  {line}", file=sys.stderr, flush=True)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the terminal as it was, also after an error."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None

@@ -1,0 +1,240 @@
+"""GRPO, RLOO and REINFORCE on TRL's GRPOTrainer.
+
+One training step, in the order of the methods below:
+
+    _get_train_sampler               which prompts come next
+    _prepare_inputs                  generation is due: how many rollouts each prompt gets, and their rows
+    _generate_and_score_completions  TRL generates and scores; our advantages replace TRL's
+    _calculate_rewards               raw rewards of all processes; failed scores decided alike on every process
+    log                              what metrics.jsonl says of the step
+    evaluate                         held-out evaluation with its own sampling
+
+TRL keeps generation, the loss, LoRA, checkpoints and the distributed engines. Each method calls `super()`, and each has
+a contract test that fails when TRL changes under it.
+"""
+
+import time
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase
+from trl import GRPOTrainer
+
+from rlbal.balance.advantages import AdvantageRule, compute_advantages
+from rlbal.balance.weighting import FixedWeighting
+from rlbal.batch import RolloutBatch, batch_metrics, group_rows
+from rlbal.errors import TrainingStopped
+from rlbal.evaluation import Evaluation
+from rlbal.prompts.allocation import uniform_counts
+from rlbal.recipe import Recipe
+from rlbal.rewards.suite import RewardSuite, verdict
+from rlbal.scaling.compute import rollout_flops
+from rlbal.trainer_args import BatchPlan
+from rlbal.trainers.evaluator import PolicyEvaluator
+from rlbal.trainers.sampler import PromptSampler
+from rlbal.trainers.totals import Totals, model_shape
+
+
+class BalancedGRPOTrainer(GRPOTrainer):
+    """TRL's GRPOTrainer with rlbal deciding how much each reward, prompt and rollout counts.
+
+    Args:
+        recipe: the run's recipe.
+        plan: its batch arithmetic for the processes at hand.
+        suite: the loaded reward functions.
+        rows: training data with `prompt`, `prompt_index` and the columns the rewards need.
+        eval_rows: held-out data with the same columns, or None.
+        tokenizer: the model's.
+        kwargs: `model`, `args`, `peft_config` and `callbacks` as for GRPOTrainer.
+    """
+
+    def __init__(
+        self,
+        *,
+        recipe: Recipe,
+        plan: BatchPlan,
+        suite: RewardSuite,
+        rows: Dataset,
+        eval_rows: Dataset | None,
+        tokenizer: PreTrainedTokenizerBase,
+        **kwargs: Any,
+    ) -> None:
+        self.recipe, self.plan, self.suite, self.rows = recipe, plan, suite, rows
+        functions = recipe.rewards.functions
+        self.rule = AdvantageRule(**recipe.advantage.model_dump())
+        self.weighting = FixedWeighting([spec.weight for spec in functions.values()])
+        ranges = [spec.range for spec in functions.values()]
+        self.ranges_K2 = torch.tensor(ranges) if all(ranges) else None
+        self.success = list(functions).index(recipe.rewards.success_name)
+        self.batch: RolloutBatch | None = None
+        self.totals = Totals()
+        self._report: dict[str, float] = {}
+        self._times: dict[str, float] = dict.fromkeys(("generate", "reward", "balance"), 0.0)
+        self._last_reward_seconds = 0.0
+        self.step_started = time.perf_counter()
+        self.last_evaluation: tuple[int, Evaluation] | None = None
+        super().__init__(
+            reward_funcs=suite.functions,
+            # The loader hands out positions only; rows are fetched when generation is due.
+            train_dataset=rows.select_columns(["prompt_index"]),
+            eval_dataset=eval_rows,
+            processing_class=tokenizer,
+            **kwargs,
+        )
+        self.shape = model_shape(self.accelerator.unwrap_model(self.model))
+        self.evaluator = PolicyEvaluator(self, eval_rows) if eval_rows is not None else None
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        del dataset
+        return PromptSampler(
+            num_prompts=len(self.rows),
+            prompts_per_batch=self.plan.prompts,
+            rows_per_prompt=self.plan.rollouts_per_prompt,
+            repeats=self.num_iterations * self.args.steps_per_generation,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+        )
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        every = self.args.steps_per_generation * self.num_iterations
+        if self.model.training and (self._step % every == 0 or self._buffered_inputs is None):
+            generation_batch = self._allocate(generation_batch)
+        return super()._prepare_inputs(generation_batch)
+
+    def _allocate(self, loaded: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """This process's rows of the generation batch, one per rollout."""
+        local = torch.tensor([row["prompt_index"] for row in loaded], device=self.accelerator.device)
+        index_N = self.accelerator.gather(local).cpu()
+        prompts_P = torch.tensor(list(dict.fromkeys(index_N.tolist())))
+        index_N = prompts_P.repeat_interleave(uniform_counts(len(prompts_P), len(index_N)))
+        mine = index_N[self._local_slice(len(loaded))].tolist()
+        row_of = {index: self.rows[index] for index in set(mine)}
+        return [dict(row_of[index]) for index in mine]
+
+    def _local_slice(self, local_rows: int) -> slice:
+        start = self.accelerator.process_index * local_rows
+        return slice(start, start + local_rows)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        started = time.perf_counter()
+        output = super()._generate_and_score_completions(inputs)
+        balance_started = time.perf_counter()
+        self._times["generate"] += balance_started - started - self._last_reward_seconds
+        self._times["reward"] += self._last_reward_seconds
+
+        self.batch = self._gather_batch(inputs, output)
+        weights_K = self.weighting.weights()
+        advantages_N, details = compute_advantages(
+            self.batch.rewards_NK, self.batch.group_N, weights_K, self.rule, self.ranges_K2
+        )
+        output["advantages"] = advantages_N[self._local_slice(len(inputs))].to(self.accelerator.device)
+        self._logs["advantages"].clear()
+        self._logs["advantages"].extend(advantages_N.tolist())
+        self._account(weights_K, advantages_N, details)
+        self._times["balance"] += time.perf_counter() - balance_started
+        return output
+
+    def _gather_batch(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> RolloutBatch:
+        """The batch over all processes; per-row numbers travel, never text."""
+        prompt_tokens = output["prompt_mask"].sum(dim=1).tolist()
+        local = [
+            [row["prompt_index"], prompt, len(ids), ids[-1] not in self._final_tokens]
+            for row, prompt, ids in zip(inputs, prompt_tokens, self._completion_ids, strict=True)
+        ]
+        columns = self.accelerator.gather(torch.tensor(local, device=self.accelerator.device)).cpu()
+        index_N, prompt_N, completion_N, truncated_N = columns.unbind(1)
+        return RolloutBatch(
+            prompt_index_N=index_N,
+            group_N=group_rows(index_N),
+            rewards_NK=self._rewards_NK,
+            completion_tokens_N=completion_N,
+            prompt_tokens_N=prompt_N,
+            truncated_N=truncated_N.bool(),
+        )
+
+    def _account(self, weights_K: torch.Tensor, advantages_N: torch.Tensor, details: dict[str, list[float]]) -> None:
+        """Count what the batch cost, and keep what metrics.jsonl will say of it."""
+        batch, names = self.batch, self.suite.names
+        assert batch is not None
+        prompt_tokens, completion_tokens = batch.prompt_tokens_N.tolist(), batch.completion_tokens_N.tolist()
+        self.totals.rollouts += len(completion_tokens)
+        self.totals.tokens_generated += sum(completion_tokens)
+        self.totals.flops += rollout_flops(self.shape, prompt_tokens, completion_tokens, self.num_iterations)
+        self._report = batch_metrics(batch, weights_K, names, self.success)
+        self._report["advantage/abs_mean"] = advantages_N.abs().mean().item()
+        for detail, values in details.items():
+            self._report |= {f"beta/{detail}/{name}": value for name, value in zip(names, values, strict=True)}
+        self._report |= self._failure_metrics
+
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: list, completions: list, completion_ids_list: list[list[int]]
+    ) -> torch.Tensor:
+        started = time.perf_counter()
+        lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=self.accelerator.device)
+        mean_length = self.accelerator.gather(lengths).double().mean().item()
+        inputs = [{**row, "mean_completion_length": mean_length} for row in inputs]
+        rewards_NK = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._settle_failures(len(rewards_NK))
+        self._rewards_NK, self._completion_ids = rewards_NK.cpu(), completion_ids_list
+        self._last_reward_seconds = time.perf_counter() - started
+        return rewards_NK
+
+    def _settle_failures(self, num_rows: int) -> None:
+        """Add up failed scores over the processes; all of them stop, or none.
+
+        Raises:
+            TrainingStopped: `rewards.on_error` says so.
+        """
+        failures = self.suite.take_failures()
+        counts = self.suite.failure_counts(failures)
+        total = self.accelerator.reduce(torch.tensor(counts, device=self.accelerator.device)).tolist()
+        self._failure_metrics = self.suite.failure_metrics(total, num_rows)
+        reason = verdict(self.suite, total, num_rows, failures)
+        if reason is not None:
+            raise TrainingStopped(reason.what, reason.why, reason.fix)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self._report | self.totals.metrics(self.accelerator.num_processes)
+            step_seconds = time.perf_counter() - self.step_started
+            logs |= {f"time/{part}": seconds for part, seconds in self._times.items()}
+            logs["time/train"] = step_seconds - sum(self._times.values())
+            self._times = dict.fromkeys(self._times, 0.0)
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        del eval_dataset, ignore_keys
+        if self.evaluator is None:
+            return {}
+        evaluation = self.evaluator.run()
+        self.last_evaluation = (self.state.global_step, evaluation)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in evaluation.metrics.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @property
+    def _final_tokens(self) -> set[int]:
+        """A completion that ends otherwise was cut off by the token limit (as TRL has it)."""
+        return {*self.eos_token_ids, self._tokenizer.pad_token_id}
+
+    def rlbal_state(self) -> dict[str, Any]:
+        """What a checkpoint needs besides TRL's part."""
+        return {
+            "totals": self.totals.metrics(self.accelerator.num_processes),
+            "weighting": self.weighting.state_dict(),
+        }
+
+    def load_rlbal_state(self, state: dict[str, Any]) -> None:
+        """Go on from `rlbal_state`."""
+        self.totals.load(state["totals"])
+        self.weighting.load_state_dict(state["weighting"])
+
+    def save_now(self) -> None:
+        """Write a checkpoint of the last complete optimizer step, outside the training loop."""
+        self._save_checkpoint(self.model, trial=None)
+        self.callback_handler.on_save(self.args, self.state, self.control)

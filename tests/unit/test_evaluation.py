@@ -1,0 +1,236 @@
+"""evaluate_policy with scripted samples and a scripted reward suite, on one process and on several."""
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from rlbal.errors import DataError, RewardError
+from rlbal.evaluation import Evaluation, Sample, evaluate_policy, share_of_rows
+from rlbal.recipe import Recipe, parse_recipe
+
+# Five prompts; a completion is right if its text is the answer.
+ROWS = Dataset.from_dict(
+    {
+        "prompt": ["p0", "p1", "p2", "p3", "p4"],
+        "prompt_id": ["a", "b", "c", "d", "e"],
+        "answer": ["0", "1", "2", "3", "4"],
+        "level": [10, 2, 2, 10, 2],
+    }
+)
+TEXTS = [["0", "x", "0", "x"], ["x", "x", "x", "x"], ["2", "2", "2", "2"], ["3", "x", "x", "x"], ["?", "4", "x", "4"]]
+GREEDY = ["0", "x", "2", "x", "4"]
+
+
+def recipe(**changes: Any) -> Recipe:
+    evaluation = {"samples_per_prompt": 4, "pass_at": [1, 2], **changes.pop("evaluation", {})}
+    functions = {"correct": {"function": "m:f", **changes.pop("correct", {})}, "brief": {"function": "m:g"}}
+    data = {"source": "reasoning_gym", "task": "chain_sum", **changes.pop("data", {})}
+    return parse_recipe(
+        {
+            "output_dir": "runs/x",
+            "model": {"tiny": {}},
+            "data": data,
+            "rewards": {"functions": functions},
+            "evaluation": evaluation,
+        }
+    )
+
+
+class Scripted:
+    """Rewards by text: `correct` 1 or 0, missing for `?`; `brief` the share of a ten-token limit left."""
+
+    names = ("correct", "brief")
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    def score(self, prompts: Any, completions: Any, completion_ids: Any, columns: Any) -> Any:
+        self.calls.append(
+            {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, "columns": columns}
+        )
+        texts = [one if isinstance(one, str) else one[-1]["content"] for one in completions]
+        correct = [
+            math.nan if text == "?" else float(text == answer)
+            for text, answer in zip(texts, columns["answer"], strict=True)
+        ]
+        return np.array([correct, [1 - len(ids) / 10 for ids in completion_ids]]).T
+
+
+def generate(prompts: list[Any], positions: list[int], greedy: bool) -> list[list[Sample]]:
+    """Sample s has s + 1 tokens; the fourth was cut off."""
+    if greedy:
+        return [[Sample([9, 9], GREEDY[position], False)] for position in positions]
+    return [
+        [Sample([9] * (number + 1), text, number == 3) for number, text in enumerate(TEXTS[position])]
+        for position in positions
+    ]
+
+
+def evaluate(rows: Dataset = ROWS, suite: Any = None, **changes: Any) -> Evaluation:
+    return evaluate_policy(generate, rows, suite or Scripted(), recipe(**changes), max_new_tokens=4)
+
+
+def test_metrics_by_hand() -> None:
+    found = evaluate(evaluation={"greedy": True})
+    # Solved of scored: 2/4, 0/4, 4/4, 1/4, 2/3.  pass@2: 1 − C(2,2)/6 = 5/6, 0, 1, 1 − C(3,2)/6 = 1/2, 1 − 0/3 = 1.
+    pass_1 = (1 / 2 + 0 + 1 + 1 / 4 + 2 / 3) / 5
+    expected = {
+        "pass@1": pass_1,
+        "pass@2": (5 / 6 + 0 + 1 + 1 / 2 + 1) / 5,
+        "mean@4": pass_1,
+        "reward/correct": pass_1,
+        "reward/brief": (0.9 + 0.8 + 0.7 + 0.6) / 4,
+        "length/mean": 2.5,
+        "length/truncated": 0.25,
+        "greedy/pass@1": 3 / 5,
+        "greedy/mean@1": 3 / 5,
+        "greedy/reward/correct": 3 / 5,
+        "greedy/reward/brief": 0.8,
+        "greedy/length/mean": 2.0,
+        "greedy/length/truncated": 0.0,
+    }
+    assert found.metrics == pytest.approx(expected)
+    assert set(found.intervals) == set(expected)
+    for name, (low, high) in found.intervals.items():
+        assert low - 1e-9 <= expected[name] <= high + 1e-9
+    assert (found.prompts, found.samples) == (5, 20)
+    assert found.missing == {"correct": 1}
+    assert found.left_out == {}
+    assert found.by_difficulty == {}
+
+
+def test_the_recipes_names_for_the_best_metric_are_measured() -> None:
+    assert set(recipe().evaluation_metrics()) <= set(evaluate().metrics)
+
+
+def test_by_difficulty_in_numeric_order() -> None:
+    found = evaluate(data={"difficulty": "level"}).by_difficulty
+    assert list(found) == ["2", "10"]
+    assert [group["prompts"] for group in found.values()] == [3, 2]
+    assert found["2"]["metrics"]["pass@1"] == pytest.approx((0 + 1 + 2 / 3) / 3)
+    assert found["10"]["metrics"]["pass@1"] == pytest.approx((1 / 2 + 1 / 4) / 2)
+
+
+def test_prompts_takes_the_first_rows() -> None:
+    found = evaluate(evaluation={"prompts": 2}, data={"difficulty": "level"})
+    assert found.prompts == 2
+    assert found.metrics["pass@1"] == pytest.approx(0.25)
+    assert found.by_difficulty["2"]["prompts"] == 1
+    assert evaluate(evaluation={"prompts": 99}).prompts == 5
+
+
+def test_rewards_see_every_sample_with_its_columns_in_one_call() -> None:
+    suite = Scripted()
+    evaluate(suite=suite)
+    (call,) = suite.calls
+    assert call["prompts"][:5] == ["p0", "p0", "p0", "p0", "p1"]
+    assert call["completions"][:5] == ["0", "x", "0", "x", "x"]
+    assert call["completion_ids"][:2] == [[9], [9, 9]]
+    assert set(call["columns"]) == {"prompt_id", "answer", "level"}
+    assert call["columns"]["answer"][3:5] == ["0", "1"]
+
+
+def test_chat_completions_are_assistant_messages() -> None:
+    suite = Scripted()
+    chat = ROWS.remove_columns("prompt").add_column(
+        "prompt", [[{"role": "user", "content": text}] for text in ROWS["prompt"]]
+    )
+    found = evaluate(chat, suite)
+    assert suite.calls[0]["completions"][0] == [{"role": "assistant", "content": "0"}]
+    assert found.metrics == evaluate().metrics
+
+
+def test_success_on_another_scale_needs_its_range() -> None:
+    class Signed(Scripted):
+        def score(self, *args: Any) -> Any:
+            return super().score(*args) * [2, 1] - [1, 0]
+
+    with pytest.raises(RewardError, match=r"`correct`.*gave -1, outside \[0, 1\]") as error:
+        evaluate(suite=Signed())
+    assert "rewards.functions.correct.range" in error.value.fix
+    found = evaluate(suite=Signed(), correct={"range": [-1, 1]})
+    assert found.metrics["mean@4"] == pytest.approx(evaluate().metrics["mean@4"])
+    assert found.metrics["pass@2"] == pytest.approx(evaluate().metrics["pass@2"])
+    assert found.metrics["reward/correct"] == pytest.approx(2 * found.metrics["mean@4"] - 1)
+
+
+def test_no_rows_and_no_difficulty_column_are_named() -> None:
+    with pytest.raises(DataError, match="no held-out rows"):
+        evaluate(ROWS.select([]))
+    with pytest.raises(DataError, match="`levle`") as error:
+        evaluate(data={"difficulty": "levle"})
+    assert "Did you mean `level`?" in error.value.fix
+
+
+def test_every_reward_missing_gives_null_in_finite_json() -> None:
+    class Silent(Scripted):
+        def score(self, *args: Any) -> Any:
+            return np.full_like(super().score(*args), math.nan)
+
+    found = evaluate(suite=Silent(), data={"difficulty": "level"})
+    assert found.left_out["pass@1"] == 5
+    assert found.missing == {"correct": 20, "brief": 20}
+    line = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert line["metrics"]["pass@1"] is None
+    assert line["intervals"]["mean@4"] == [None, None]
+    assert line["by_difficulty"]["2"]["metrics"]["reward/brief"] is None
+    assert line["examples"][0]["rewards"] == {"correct": None, "brief": None}
+    assert line["metrics"]["length/mean"] == 2.5
+
+
+def test_settings_and_examples_are_recorded() -> None:
+    found = evaluate(evaluation={"greedy": True, "temperature": 0.5})
+    assert found.settings["temperature"] == 0.5
+    assert found.settings["max_new_tokens"] == 4
+    first = found.examples[0]
+    assert first == {
+        "prompt": "p0",
+        "completion": "0",
+        "rewards": {"correct": 1.0, "brief": 0.9},
+        "truncated": False,
+        "greedy": False,
+    }
+    assert [example["greedy"] for example in found.examples] == [False] * 4 + [True] * 4
+
+
+@pytest.mark.parametrize("processes", [2, 3, 7])
+def test_several_processes_find_what_one_finds(processes: int) -> None:
+    """Each process's rows are recorded in a first pass; the second gathers them as a collective operation would."""
+    changes = {"evaluation": {"greedy": True}, "data": {"difficulty": "level"}}
+    recorded: list[list[Any]] = [[] for _ in range(processes)]
+
+    def run(process: int, gather: Any) -> Evaluation:
+        return evaluate_policy(
+            generate,
+            ROWS,
+            Scripted(),
+            recipe(**changes),
+            max_new_tokens=4,
+            gather=gather,
+            process_index=process,
+            num_processes=processes,
+        )
+
+    for process in range(processes):
+        run(process, lambda rows, kept=recorded[process]: (kept.append(rows), rows)[1])
+    assert len({kept[0].shape for kept in recorded}) == 1  # a collective needs equal shapes
+    one = evaluate(**changes)
+    for process in range(processes):
+        turns = iter(range(2))
+        found = run(
+            process, lambda rows, turns=turns: np.concatenate([kept[t] for t in [next(turns)] for kept in recorded])
+        )
+        assert found.metrics == one.metrics
+        assert found.intervals == one.intervals
+        assert found.by_difficulty == one.by_difficulty
+        assert found.missing == one.missing
+    assert run(0, lambda rows: rows).metrics.keys() == one.metrics.keys()
+
+
+def test_shares_cover_every_row_and_are_equally_long() -> None:
+    assert [share_of_rows(5, process, 2) for process in range(2)] == [[0, 2, 4], [1, 3, 0]]
+    assert [share_of_rows(1, process, 3) for process in range(3)] == [[0], [0], [0]]
