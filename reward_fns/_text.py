@@ -22,7 +22,7 @@ def last_answer(text: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{…}`, stripped; None without one or when its braces do not balance. Linear time."""
+    r"""What stands in the last `\boxed{…}`, stripped; None without one or when its braces do not balance."""
     opening = "\\boxed{"
     found = text.rfind(opening)
     if found < 0:

@@ -22,11 +22,11 @@ MATH_DELIMITERS = ("$", "\\(", "\\[", "\\boxed")
 def math_correct(completions: list[Completion], answer: list[str], **kwargs: Any) -> list[float]:
     r"""1 where the completion's answer equals the gold `answer` as mathematics, 0 elsewhere.
 
-    Both may be worked solutions that end in `#### value` or hold a `\boxed{…}`, or a bare number or LaTeX formula. A gold
-    answer that math-verify cannot read is compared as text, with white space, case and LaTeX wrapping set aside.
+    Both may be worked solutions that end in `#### value` or hold a `\boxed{…}`, or a bare number or LaTeX formula. A
+    gold answer that math-verify cannot read is compared as text; white space, case and LaTeX wrapping do not count.
 
-    A completion can keep math-verify busy for ever. Its own time limit needs signals, which work in main threads only and
-    score a timed-out row 0 as if it were wrong; so it is off here and rlbal kills the worker process instead. In
+    A completion can keep math-verify busy for ever. Its own time limit needs signals, which work in main threads only
+    and score a timed-out row 0 as if it were wrong; so it is off here, and rlbal kills the worker process instead. In
     plain TRL there is no limit.
     """
     return [

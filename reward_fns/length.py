@@ -1,7 +1,7 @@
 """Rewards for the length ℓ of a completion in tokens (`completion_ids`), against a target L or the batch.
 
-`triangular` and `band` follow "Train Long, Think Short" (arXiv 2508.08940). L is the dataset column `token_budget` where
-there is one (a budget schedule provides it) and the argument `target_tokens` otherwise.
+`triangular` and `band` follow "Train Long, Think Short" (arXiv 2508.08940). L is the dataset column `token_budget`
+where there is one (a budget schedule provides it) and the argument `target_tokens` otherwise.
 """
 
 from collections.abc import Sequence

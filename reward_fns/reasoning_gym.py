@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import reasoning_gym
@@ -59,9 +59,7 @@ def score(
         RewardError: metadata that is not reasoning-gym's, an unknown task, or one that evaluates code unasked.
     """
     scores = []
-    for completion, row_question, row_answer, row_metadata in zip(
-        completions, question, answer, metadata, strict=True
-    ):
+    for completion, row_question, row_answer, row_metadata in zip(completions, question, answer, metadata, strict=True):
         facts, task = _read_metadata(row_metadata)
         if task in UNSAFE_TASKS and not unsafe:
             raise RewardError(
@@ -79,7 +77,7 @@ def score(
     return scores
 
 
-@lru_cache(maxsize=None)
+@cache
 def _scorer(task: str, config: str) -> Callable[[str, dict[str, Any]], float]:
     return reasoning_gym.create_dataset(task, **json.loads(config)).score_answer
 

@@ -6,16 +6,19 @@ and, on several processes, a function that gathers arrays. The figures themselve
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple, Protocol
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, get_args
 
 import numpy as np
-from datasets import Dataset
 from numpy.typing import NDArray
 
-from rlbal.errors import DataError, RewardError, nearest
+from rlbal.errors import DataError, RewardError, RunError, nearest
 from rlbal.recipe import Recipe
-from rlbal.scoring_stats import Array, averages, bootstrap_intervals, left_out, per_prompt
+from rlbal.rewards.outcomes import Failure, Reason, verdict
+from rlbal.scoring_stats import Array, averages, bootstrap_intervals, by_difficulty, left_out, per_prompt
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Prompt = str | list[dict[str, Any]]
 EXAMPLES = 4
@@ -41,6 +44,9 @@ class Suite(Protocol):
     ) -> NDArray[np.floating[Any]]:
         """(N, K) raw rewards, NaN where a reward is missing."""
 
+    def take_failures(self) -> list[Failure]:
+        """What failed in this process since the last call."""
+
 
 # (prompts, their positions in the whole evaluation, greedy) -> the samples of each prompt.
 Generate = Callable[[list[Prompt], list[int], bool], list[list[Sample]]]
@@ -59,6 +65,7 @@ class Evaluation:
         left_out: metric -> prompts that have no value for it, where there are any.
         by_difficulty: value of the difficulty column -> its `prompts` and `metrics`, in ascending order.
         missing: reward -> scores that are missing, greedy ones included, where there are any.
+        failures: reward -> reason -> scores that failed; rows that even out the processes' shares count twice.
         prompts: number of prompts.
         samples: number of samples in all, greedy ones not counted.
         settings: what was sampled with.
@@ -70,14 +77,27 @@ class Evaluation:
     left_out: dict[str, int]
     by_difficulty: dict[str, dict[str, Any]]
     missing: dict[str, int]
+    failures: dict[str, dict[str, int]]
     prompts: int
     samples: int
     settings: dict[str, Any]
-    examples: list[dict[str, Any]] = field(default_factory=list)
+    examples: list[dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
         """A line of `evaluations.jsonl`: plain finite JSON, with null for NaN."""
         return _finite(asdict(self))
+
+    @classmethod
+    def from_json(cls, line: dict[str, Any]) -> Self:
+        """The evaluation of a line that `to_json` gave; keys that others added to it are left aside.
+
+        Raises:
+            RunError: a key is missing.
+        """
+        if missing := [field.name for field in fields(cls) if field.name not in line]:
+            raise RunError(f"this line of evaluations.jsonl has no `{missing[0]}`, so it is no evaluation")
+        values = {field.name: _with_nan(line[field.name]) for field in fields(cls)}
+        return cls(**{**values, "intervals": {name: tuple(ends) for name, ends in values["intervals"].items()}})
 
 
 def _finite(value: Any) -> Any:
@@ -86,6 +106,14 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _with_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(item) for item in value]
+    return math.nan if value is None else value
 
 
 def share_of_rows(count: int, process_index: int, num_processes: int) -> list[int]:
@@ -117,7 +145,7 @@ def _score(
         {
             "prompt": table["prompt"][row],
             "completion": samples[row][0].text,
-            "rewards": dict(zip(suite.names, scores_PSK[row, 0].tolist(), strict=False)),
+            "rewards": dict(zip(suite.names, scores_PSK[row, 0, :-2].tolist(), strict=True)),
             "truncated": samples[row][0].truncated,
         }
         for row in range(min(EXAMPLES, len(samples)))
@@ -129,7 +157,8 @@ def _check_success(success_PS: Array, name: str, declared: tuple[float, float] |
     """The success reward's range, after a look at whether its values keep to it."""
     low, high = declared or (0.0, 1.0)
     values = success_PS[~np.isnan(success_PS)]
-    outside = values[(values < low) | (values > high)]
+    slack = 1e-6 * (high - low)  # gathered values may have been rounded to single precision
+    outside = values[(values < low - slack) | (values > high + slack)]
     if len(outside):
         raise RewardError(
             f"reward `{name}` says whether a sample succeeded and gave {outside[0]:g}, outside [{low:g}, {high:g}]",
@@ -149,31 +178,36 @@ def _in_order(local_PSK: Array, positions: list[int], count: int, gather: Gather
     return scores.reshape(count, *local_PSK.shape[1:])
 
 
-def _numbers_first(text: str) -> tuple[bool, float, str]:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    return (False, number, text) if math.isfinite(number) else (True, 0.0, text)
+def _all_failures(suite: Suite, gather: Gather | None) -> list[Failure]:
+    """Failures over all processes, from counts alone; the examples are this process's own."""
+    found = {(failure.reward, failure.reason): failure for failure in suite.take_failures()}
+    kinds = [(name, reason) for name in suite.names for reason in get_args(Reason)]
+    counts = np.array([[found[kind].count if kind in found else 0 for kind in kinds]], dtype=float)
+    totals = (counts if gather is None else gather(counts)).sum(axis=0)
+    return [
+        Failure(*kind, int(total), found[kind].example if kind in found else "failed on another process")
+        for kind, total in zip(kinds, totals, strict=True)
+        if total
+    ]
 
 
-def _by_difficulty(values: Sequence[Any], columns: dict[str, Array]) -> dict[str, dict[str, Any]]:
-    """Metrics of the prompts that share a value; numbers in numeric order, then other values."""
-    groups: dict[str, list[int]] = {}
-    for row, value in enumerate(values):
-        groups.setdefault(str(value), []).append(row)
-    return {
-        value: {
-            "prompts": len(groups[value]),
-            "metrics": averages({name: values_P[groups[value]] for name, values_P in columns.items()}),
-        }
-        for value in sorted(groups, key=_numbers_first)
-    }
+def _rows_to_use(rows: "Dataset", recipe: Recipe) -> int:
+    """How many rows, from the first, the evaluation takes."""
+    difficulty = recipe.data.difficulty
+    count = min(len(rows), recipe.evaluation.prompts or len(rows))
+    if count == 0:
+        raise DataError("there are no held-out rows to evaluate on", fix="set `data.eval_size` above 0")
+    if difficulty is not None and difficulty not in rows.column_names:
+        raise DataError(
+            f"`data.difficulty` names the column `{difficulty}`, which the held-out rows do not have",
+            fix=nearest(difficulty, rows.column_names),
+        )
+    return count
 
 
 def evaluate_policy(
     generate: Generate,
-    rows: Dataset,
+    rows: "Dataset",
     suite: Suite,
     recipe: Recipe,
     *,
@@ -197,56 +231,51 @@ def evaluate_policy(
 
     Raises:
         DataError: no rows, or no difficulty column.
-        RewardError: the success reward leaves its range.
+        RewardError: rewards failed more often than `rewards.on_error` allows (on every process alike), or the success
+            reward leaves its range.
     """
-    settings, success, difficulty = recipe.evaluation, recipe.rewards.success_name, recipe.data.difficulty
-    count = min(len(rows), settings.prompts or len(rows))
-    if count == 0:
-        raise DataError("there are no held-out rows to evaluate on", fix="set `data.eval_size` above 0")
-    if difficulty is not None and difficulty not in rows.column_names:
-        raise DataError(
-            f"`data.difficulty` names the column `{difficulty}`, which the held-out rows do not have",
-            fix=nearest(difficulty, rows.column_names),
-        )
+    settings, success, names = recipe.evaluation, recipe.rewards.success_name, list(suite.names)
+    count = _rows_to_use(rows, recipe)
     positions = share_of_rows(count, process_index, num_processes)
     table = rows.select(positions)[:]
-    names = list(suite.names)
     columns: dict[str, Array] = {}
     examples: list[dict[str, Any]] = []
+    failures: dict[str, dict[str, int]] = {}
     missing = np.zeros(len(names), dtype=int)
     for greedy in [False, True] if settings.greedy else [False]:
         local_PSK, shown = _score(suite, table, generate(table["prompt"], positions, greedy))
+        failed = _all_failures(suite, gather)
+        if problem := verdict(failed, local_PSK[:, :, 0].size * num_processes, recipe.rewards):
+            raise RewardError(f"evaluation: {problem}")
         scores_PSK = _in_order(local_PSK, positions, count, gather)
-        success_range = _check_success(
-            scores_PSK[:, :, names.index(success)], success, recipe.rewards.functions[success].range
-        )
+        rewards_PSK = scores_PSK[:, :, : len(names)]
+        declared = recipe.rewards.functions[success].range
         columns |= per_prompt(
-            scores_PSK[:, :, : len(names)],
+            rewards_PSK,
             lengths_PS=scores_PSK[:, :, -2],
             truncated_PS=scores_PSK[:, :, -1],
             names=names,
             success=success,
-            success_range=success_range,
+            success_range=_check_success(rewards_PSK[:, :, names.index(success)], success, declared),
             pass_at=[1] if greedy else settings.pass_at,
             prefix="greedy/" if greedy else "",
         )
-        missing += np.isnan(scores_PSK).sum(axis=(0, 1))[: len(names)]
+        for failure in failed:
+            reasons = failures.setdefault(failure.reward, {})
+            reasons[failure.reason] = reasons.get(failure.reason, 0) + failure.count
+        missing += np.isnan(rewards_PSK).sum(axis=(0, 1))
         examples += [{**example, "greedy": greedy} for example in shown]
+    by_column = recipe.data.difficulty
+    used = settings.model_dump(include={"samples_per_prompt", "temperature", "top_p", "top_k"})
     return Evaluation(
         metrics=averages(columns),
         intervals=bootstrap_intervals(columns, recipe.seed),
         left_out=left_out(columns),
-        by_difficulty=_by_difficulty(rows[:count][difficulty], columns) if difficulty else {},
+        by_difficulty=by_difficulty(rows[:count][by_column], columns) if by_column else {},
         missing={name: int(number) for name, number in zip(names, missing, strict=True) if number},
+        failures=failures,
         prompts=count,
         samples=count * settings.samples_per_prompt,
-        settings={
-            "samples_per_prompt": settings.samples_per_prompt,
-            "temperature": settings.temperature,
-            "top_p": settings.top_p,
-            "top_k": settings.top_k,
-            "max_new_tokens": max_new_tokens,
-            "seed": recipe.seed,
-        },
+        settings={**used, "max_new_tokens": max_new_tokens, "seed": recipe.seed},
         examples=examples,
     )

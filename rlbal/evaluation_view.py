@@ -124,3 +124,14 @@ def examples_panel(evaluations: dict[str, Evaluation], count: int = 3) -> Render
         ]
         panels.append(Panel(Group(Text(printable(prompt), "dim"), *answers)))
     return Group(*panels)
+
+
+def comparison(lines: list[dict[str, Any]]) -> RenderableType:
+    """The first and the last of a run's evaluations (lines of `evaluations.jsonl`): table and examples.
+
+    Raises:
+        RunError: a line is no evaluation.
+    """
+    ends = lines if len(lines) == 1 else [lines[0], lines[-1]]
+    evaluations = {f"step {line.get('step', '?')}": Evaluation.from_json(line) for line in ends}
+    return Group(table(evaluations), examples_panel(evaluations))

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -11,18 +12,24 @@ from rlbal.shipped import shipped_dir
 
 
 def header(path: Path) -> str:
-    """The first comment line of a recipe."""
-    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
-    return first.lstrip("# ").strip() if first.startswith("#") else ""
+    """The first comment line of a recipe that is meant for people, or an empty string."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        text = line.lstrip("# ").strip()
+        if text and not text.startswith("yaml-language-server:"):
+            return text
+    return ""
 
 
 def list_recipes() -> None:
-    """Print shipped recipes with their first comment line; reads no more than that."""
+    """Print shipped recipes by the names that every command takes, with what each is for; reads no more than that."""
     folder = shipped_dir("recipes")
-    table = Table("recipe", "what for", title="Recipes")
+    table = Table("recipe", "what for", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.columns[0].no_wrap = True
     for path in sorted(folder.glob("**/*.yaml")):
-        table.add_row(str(path.relative_to(folder.parent)), header(path))
-    Console().print(table)
+        table.add_row(path.relative_to(folder.parent).as_posix(), header(path))
+    Console(highlight=False).print(table)
 
 
 def show_recipe(name: str, overrides: list[str]) -> None:
@@ -31,9 +38,7 @@ def show_recipe(name: str, overrides: list[str]) -> None:
     Raises:
         RecipeError: it does not hold together.
     """
-    shipped = shipped_dir("recipes") / name
-    path = Path(name) if Path(name).is_file() or not shipped.is_file() else shipped
-    recipe = read_recipe(path, overrides)
+    recipe = read_recipe(name, overrides)
     from rlbal.trainer_args import bind_trainer
 
     _, plan = bind_trainer(recipe)
@@ -42,11 +47,11 @@ def show_recipe(name: str, overrides: list[str]) -> None:
 
 
 def schema_json() -> str:
-    """JSON schema of a recipe, with TRL's fields under `trainer` and peft's under `lora`."""
+    """JSON schema of a recipe, with TRL's fields under `trainer`."""
     from rlbal.trainer_args import trainer_model
 
     schema = Recipe.model_json_schema()
     trainer = trainer_model().model_json_schema()
-    schema.setdefault("$defs", {}).update(trainer.pop("$defs", {}))
+    schema["$defs"] |= trainer.pop("$defs", {})
     schema["properties"]["trainer"] = trainer
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"

@@ -4,6 +4,10 @@ Shape suffixes: P prompts, S samples of each prompt, K rewards. Every metric is 
 the prompt cannot say), then the mean over prompts, so that a prompt counts once however many of its samples count.
 """
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -126,3 +130,25 @@ def bootstrap_intervals(
         low, high = np.percentile(means_B[~np.isnan(means_B)], tails)
         intervals[name] = (float(low), float(high))
     return intervals
+
+
+def _numbers_first(text: str) -> tuple[bool, float, str]:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    return (False, number, text) if math.isfinite(number) else (True, 0.0, text)
+
+
+def by_difficulty(values: Sequence[Any], columns: dict[str, Array]) -> dict[str, dict[str, Any]]:
+    """Metrics of the prompts that share a value; numbers in numeric order, then other values."""
+    groups: dict[str, list[int]] = {}
+    for row, value in enumerate(values):
+        groups.setdefault(str(value), []).append(row)
+    return {
+        value: {
+            "prompts": len(groups[value]),
+            "metrics": averages({name: values_P[groups[value]] for name, values_P in columns.items()}),
+        }
+        for value in sorted(groups, key=_numbers_first)
+    }

@@ -9,7 +9,7 @@ from typing import cast
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from rlbal.errors import RecipeError
 from rlbal.recipe import TinySection
@@ -57,8 +57,8 @@ def build_tokenizer(phrases: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tiny: TinySection, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
-    """Make a randomly initialised Qwen2 in float32: 0.36 M parameters at the defaults, the same for the same seed.
+def build_model(tiny: TinySection, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
+    """Make a randomly initialised Qwen3 in float32: 0.36 M parameters at the defaults, the same for the same seed.
 
     Raises:
         RecipeError: `hidden_size` does not divide into heads of an even size (rotary positions turn pairs).
@@ -69,21 +69,23 @@ def build_model(tiny: TinySection, tokenizer: PreTrainedTokenizerFast, seed: int
             fix=f"use a multiple of {2 * tiny.heads}, or change `model.tiny.heads`",
         )
     pad, eos = cast(int, tokenizer.pad_token_id), cast(int, tokenizer.eos_token_id)
-    config = Qwen2Config(
+    config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=tiny.hidden_size,
         intermediate_size=tiny.hidden_size * 8 // 3,
         num_hidden_layers=tiny.layers,
         num_attention_heads=tiny.heads,
         num_key_value_heads=tiny.heads,
+        head_dim=tiny.hidden_size // tiny.heads,
         max_position_embeddings=tiny.max_positions,
         tie_word_embeddings=True,
+        initializer_range=0.05,  # transformers' 0.02 suits wide models; a narrow one then learns half as fast
         pad_token_id=pad,
         eos_token_id=eos,
         bos_token_id=None,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(config).float()
+        model = Qwen3ForCausalLM(config).float()
     model.generation_config = GenerationConfig(pad_token_id=pad, eos_token_id=eos, do_sample=True)
     return model

@@ -177,7 +177,7 @@ def _train(trainer: "BalancedGRPOTrainer", run: RunDirectory, checkpoint: Path |
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except TrainingStopped as stop:
             trainer.save_now()
-            raise TrainingStopped(stop.what, stop.why, f"{stop.fix}; then continue: {resume_command(run)}") from None
+            raise TrainingStopped(f"{stop}\nA checkpoint is saved. Continue: {resume_command(run)}") from None
         if interruption.requested:
             raise TrainingStopped(
                 f"stopped after step {trainer.state.global_step}; the checkpoint is saved",

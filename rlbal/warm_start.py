@@ -5,7 +5,7 @@ RL can only amplify what the policy sometimes does, so the quickstart's model fi
 sign, the trace forgets it with probability `carry_error` (8 + 5 = 3, 13 - 5 = 18, 3 - 7 = 4). Above one half the model
 comes to believe the wrong result, even when decoding greedily, and RL has something to correct; purely random errors
 would leave its greedy answers right, and RL could only sharpen it. Steps are also off by a random amount
-(`random_error`), written twice (`repeat_step`: something for a length reward to save), and one of the four tags is
+(`random_error`), written twice (`-1=3,-1=3`, `repeat_step`: something for a length reward to save), and one of the four tags is
 sometimes missing (`drop_tag`: something for a format reward to mend). Evaluation knows nothing of this: it scores
 against the true sums.
 """
@@ -99,7 +99,8 @@ def worked_trace(expression: str, settings: WarmStartSection, dice: Dice) -> str
             total = forgetful
         elif dice.flip(settings.random_error):
             total += dice.choose(OFFSETS)
-        steps += [f"{change:+d}={total}"] * (2 if dice.flip(settings.repeat_step) else 1)
+        step = f"{change:+d}={total}"
+        steps.append(f"{step},{step}" if dice.flip(settings.repeat_step) else step)
     tags = list(TAGS)
     if dice.flip(settings.drop_tag):
         tags[dice.choose(range(4))] = ""

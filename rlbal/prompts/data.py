@@ -1,15 +1,14 @@
 """From the recipe's `data:` section to training and held-out prompts.
 
-Every process of a run calls `load_data` by itself and gets the same rows: nothing here depends on the process, and
-only the recipe's seed decides what is held out. Nothing is written beside the user's files; the columns added here
-live in memory.
+Every process of a run calls `load_data` by itself and gets the same rows: only the recipe and its seed decide. Nothing
+is written beside the user's files; the columns added here live in memory.
 """
 
 import hashlib
 import json
 import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -24,6 +23,10 @@ from rlbal.recipe import AnyData, DataSection, FileData, FolderData, ReasoningGy
 
 # Names that the trainer passes to reward functions itself; a column of that name would be lost or clash.
 RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "token_budget")
+
+ADDED = ("prompt", "prompt_id", "prompt_index")
+
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,8 @@ def limit_prompt_tokens(
     if data.overlong == "error" or not kept:
         raise DataError(what, fix="raise `data.max_prompt_tokens`, or set `data.overlong: drop` if others are shorter")
     short = dataset.select(kept).flatten_indices(keep_in_memory=True).remove_columns("prompt_index")
-    return short.add_column("prompt_index", np.arange(len(kept))), f"dropped: {what}"
+    index = {"prompt_index": pa.array(range(len(kept)), pa.int64())}
+    return _with_columns(short, index), f"dropped: {what}"
 
 
 def _read(data: AnyData, seed: int) -> tuple[Source, Source | None]:
@@ -183,7 +187,7 @@ def _problem_table(problems: list[dict[str, Any]]) -> pa.Table:
     for name in problems[0]["metadata"]:
         values = [problem["metadata"].get(name) for problem in problems]
         plain = all(isinstance(value, str | bool | int | float) for value in values)
-        if plain and name not in columns and name not in (*RESERVED, "prompt", "prompt_id", "prompt_index"):
+        if plain and name not in columns and name not in (*RESERVED, *ADDED):
             try:
                 columns[name] = column_array(values, name, str)
             except DataError:  # mixed types, or integers beyond 64 bits: still in `metadata`
@@ -201,14 +205,12 @@ def _render(source: Source, data: DataSection) -> _Rendered:
             )
     prompts = render_prompts(source, data)
     keys = [prompt if isinstance(prompt, str) else json.dumps(prompt) for prompt in prompts]
-    has_ids = "prompt_id" in source.dataset.column_names
-    ids = _own_ids(source) if has_ids else _make_ids(source.dataset, prompts)
-    extra = [name for name in ("prompt", "prompt_id", "prompt_index") if name in source.dataset.column_names]
-    text = datasets.Value("string")
-    feature = text if isinstance(prompts[0], str) else datasets.List({"role": text, "content": text})
-    dataset = source.dataset.remove_columns(extra).add_column("prompt", prompts, feature=feature)
-    dataset = dataset.add_column("prompt_id", ids, feature=text)
-    return _Rendered(Source(dataset, source.name, source.row_name), keys, ids)
+    names = source.dataset.column_names
+    ids = _own_ids(source) if "prompt_id" in names else _make_ids(source.dataset, prompts)
+    kept = source.dataset.remove_columns([name for name in ADDED if name in names])
+    kind = pa.string() if isinstance(prompts[0], str) else MESSAGES
+    added = {"prompt": pa.array(prompts, kind), "prompt_id": pa.array(ids, pa.string())}
+    return _Rendered(replace(source, dataset=_with_columns(kept, added)), keys, ids)
 
 
 def _rename(source: Source, columns: dict[str, str]) -> Source:
@@ -224,7 +226,7 @@ def _rename(source: Source, columns: dict[str, str]) -> Source:
                 fix=f"give that one another name too, e.g. `old_{new}: {new}`",
             )
     dataset = source.dataset.rename_columns({old: new for new, old in columns.items()})
-    return Source(dataset, source.name, source.row_name)
+    return replace(source, dataset=dataset)
 
 
 def _make_ids(dataset: datasets.Dataset, prompts: list[Any]) -> list[str]:
@@ -284,9 +286,14 @@ def _draw(keys: list[str], size: int, seed: int, name: str) -> list[int]:
 
 
 def _select(rendered: _Rendered, rows: list[int]) -> datasets.Dataset:
-    """The given rows, with `prompt_index` counting them. The column is added first: `datasets` would otherwise copy
-    the selection into a cache file."""
-    dataset = rendered.source.dataset
-    positions: np.ndarray = np.full(len(dataset), -1)
+    """The given rows, with `prompt_index` counting them."""
+    # The column comes first: after a selection, `datasets` would write all rows to a cache file to add one.
+    positions = np.full(len(rendered.keys), -1)
     positions[rows] = np.arange(len(rows))
-    return dataset.add_column("prompt_index", positions).select(rows)
+    dataset = _with_columns(rendered.source.dataset, {"prompt_index": pa.array(positions)})
+    return dataset.select(np.array(rows))
+
+
+def _with_columns(dataset: datasets.Dataset, columns: dict[str, pa.Array]) -> datasets.Dataset:
+    """Add columns in memory. (`Dataset.add_column` pickles every value for its fingerprint: slow for messages.)"""
+    return datasets.concatenate_datasets([dataset, datasets.Dataset(pa.table(columns))], axis=1)

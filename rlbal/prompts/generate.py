@@ -6,6 +6,7 @@ runs in a process of its own with a fixed hash seed (`python -m rlbal.prompts.ge
 input, one problem per line on standard output).
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -48,10 +49,12 @@ def generate_problems(task: str, config: dict[str, Any], size: int, seed: int) -
     ) as process:
         assert process.stdin is not None and process.stdout is not None
         try:
-            process.stdin.write(json.dumps(request, default=str))
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError), process.stdin:  # if it died already, there is no output either
+                process.stdin.write(json.dumps(request, default=str))
             quiet = os.environ.get("RANK", "0") != "0" or None  # None: no bar unless a terminal is watching
             for line in tqdm(process.stdout, f"{task} problems", size, delay=2, disable=quiet):
+                if not line.endswith("\n"):
+                    break  # it died while writing
                 problem = json.loads(line)
                 if "error" in problem:
                     raise DataError(*problem["error"])

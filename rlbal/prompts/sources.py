@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,13 +163,11 @@ def column_array(values: list[Any], name: str, row_name: Callable[[int], str]) -
 def _rows_of(dataset: datasets.Dataset, name: str) -> Source:
     if len(dataset) == 0:
         raise DataError(f"{name} has no rows")
-    return Source(dataset, name, lambda index: f"{name}, row {index + 1}")
+    # A saved dataset may carry a format, such as torch tensors instead of Python values.
+    return Source(dataset.with_format(None), name, lambda index: f"{name}, row {index + 1}")
 
 
 def _dataset(table: pa.Table, name: str) -> datasets.Dataset:
-    repeated = {column for column in table.column_names if table.column_names.count(column) > 1}
-    if repeated:
-        raise DataError(f"{name}: the column `{min(repeated)}` appears twice")
     try:
         return datasets.Dataset(table)
     except Exception as error:  # Arrow types that `datasets` has no feature for
@@ -191,6 +189,9 @@ def _read_file(path: Path, key: str) -> _File:
         raise DataError(f"cannot read {path}", why=_first_line(error)) from None
     if file.table.num_rows == 0:
         raise DataError(f"{path} is empty: it has no rows")
+    names = file.table.column_names
+    if repeated := {column for column in names if names.count(column) > 1}:
+        raise DataError(f"{path}: the column `{min(repeated)}` appears twice", fix="rename one of them")
     return file
 
 
@@ -266,11 +267,7 @@ def _concatenate(files: list[_File]) -> pa.Table:
 def _nearest_neighbour(path: Path) -> str:
     if not path.parent.is_dir():
         return f"the folder {path.parent} does not exist either"
-    return nearest(path.name, _names(path.parent.iterdir()))
-
-
-def _names(paths: Iterable[Path]) -> list[str]:
-    return [path.name for path in paths if not path.name.startswith(".")]
+    return nearest(path.name, [found.name for found in path.parent.iterdir() if not found.name.startswith(".")])
 
 
 def _first_line(error: Exception) -> str:

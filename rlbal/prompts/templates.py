@@ -75,20 +75,14 @@ def render_prompts(source: Source, data: DataSection) -> list[Any]:
     Raises:
         DataError: see `render_template`; an empty prompt; messages that are not role and text.
     """
-    prompts: list[Any]
     if _uses_prompt_column(source, data):
-        prompts = source.dataset["prompt"][:]
-        for index, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                prompts[index] = _checked_messages(prompt, source.row_name(index))
-        column = "column `prompt`"
+        made_by, raw = "column `prompt`", source.dataset["prompt"][:]
     else:
-        prompts = render_template(data.prompt, "data.prompt", source)
-        column = "`data.prompt` " + repr(data.prompt)
-    for index, prompt in enumerate(prompts):
-        if isinstance(prompt, str) and not prompt.strip():
-            raise DataError(f"{source.row_name(index)}: the prompt is empty ({column})", fix="remove or mend the row")
-    if prompts and isinstance(prompts[0], str) and (data.conversational or data.system is not None):
+        made_by, raw = f"`data.prompt` {data.prompt!r}", render_template(data.prompt, "data.prompt", source)
+    prompts = [_checked_prompt(prompt, index, source, made_by) for index, prompt in enumerate(raw)]
+    if isinstance(prompts[0], str):
+        if not data.conversational and data.system is None:
+            return prompts
         prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
     if data.system is None:
         return prompts
@@ -137,22 +131,28 @@ def _texts(source: Source, column: str, key: str) -> list[str]:
     return texts
 
 
-def _checked_messages(prompt: Any, row: str) -> Messages:
-    """The messages of one row as plain role and content."""
+def _checked_prompt(prompt: Any, index: int, source: Source, made_by: str) -> Any:
+    """A prompt that is text, or messages reduced to plain role and content."""
+    row = source.row_name
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise DataError(f"{row(index)}: the prompt is empty ({made_by})", fix="fill or remove the row")
+        return prompt
     if not isinstance(prompt, list) or not prompt:
-        kind = "has no value" if prompt is None else "is neither text nor a list of messages"
-        raise DataError(f"{row}: column `prompt` {kind}")
+        kind = "is neither text nor a list of messages" if prompt else "is empty"
+        raise DataError(f"{row(index)}: {made_by} {kind}", fix="fill or remove the row")
     messages = []
     for number, message in enumerate(prompt, start=1):
-        where = f"{row}: message {number} of column `prompt`"
+        where = f"message {number} of {made_by}"
         if not isinstance(message, dict):
-            raise DataError(f"{where} is not an object with `role` and `content`")
+            raise DataError(f"{row(index)}: {where} is not an object with `role` and `content`")
         extra = [name for name, value in message.items() if name not in ("role", "content") and value is not None]
         if extra:
-            raise DataError(f"{where} has `{extra[0]}`; only `role` and `content` are supported")
+            raise DataError(f"{row(index)}: {where} has `{extra[0]}`; only `role` and `content` are supported")
         for name in ("role", "content"):
             value = message.get(name)
             if not isinstance(value, str) or not value.strip():
-                raise DataError(f"{where}: `{name}` is {'no text' if value else 'empty'}", fix="remove or mend the row")
+                kind = "is not text" if value and not isinstance(value, str) else "is empty"
+                raise DataError(f"{row(index)}: `{name}` of {where} {kind}", fix="fill or remove the row")
         messages.append({"role": message["role"], "content": message["content"]})
     return messages

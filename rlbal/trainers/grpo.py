@@ -17,6 +17,7 @@ import time
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
@@ -29,7 +30,8 @@ from rlbal.errors import TrainingStopped
 from rlbal.evaluation import Evaluation
 from rlbal.prompts.allocation import uniform_counts
 from rlbal.recipe import Recipe
-from rlbal.rewards.suite import RewardSuite, verdict
+from rlbal.rewards.outcomes import merge, verdict
+from rlbal.rewards.suite import RewardSuite
 from rlbal.scaling.compute import rollout_flops
 from rlbal.trainer_args import BatchPlan
 from rlbal.trainers.evaluator import PolicyEvaluator
@@ -166,7 +168,7 @@ class BalancedGRPOTrainer(GRPOTrainer):
         self._report["advantage/abs_mean"] = advantages_N.abs().mean().item()
         for detail, values in details.items():
             self._report |= {f"beta/{detail}/{name}": value for name, value in zip(names, values, strict=True)}
-        self._report |= self._failure_metrics
+        self._report |= self._failures
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list, completions: list, completion_ids_list: list[list[int]]
@@ -188,12 +190,14 @@ class BalancedGRPOTrainer(GRPOTrainer):
             TrainingStopped: `rewards.on_error` says so.
         """
         failures = self.suite.take_failures()
-        counts = self.suite.failure_counts(failures)
-        total = self.accelerator.reduce(torch.tensor(counts, device=self.accelerator.device)).tolist()
-        self._failure_metrics = self.suite.failure_metrics(total, num_rows)
-        reason = verdict(self.suite, total, num_rows, failures)
+        if self.accelerator.num_processes > 1:
+            anywhere = torch.tensor(len(failures), device=self.accelerator.device)
+            if self.accelerator.reduce(anywhere, reduction="sum").item() > 0:
+                failures = merge(gather_object(failures))
+        self._failures = {f"reward/{one.reward}/failed/{one.reason}": one.count / num_rows for one in failures}
+        reason = verdict(failures, num_rows, self.recipe.rewards)
         if reason is not None:
-            raise TrainingStopped(reason.what, reason.why, reason.fix)
+            raise TrainingStopped(reason)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

@@ -2,15 +2,18 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from datasets import Dataset
 
-from rlbal.errors import DataError, RewardError
+from rlbal.errors import DataError, RewardError, RunError
 from rlbal.evaluation import Evaluation, Sample, evaluate_policy, share_of_rows
 from rlbal.recipe import Recipe, parse_recipe
+from rlbal.rewards.outcomes import Failure
+from rlbal.rewards.suite import RewardSuite
 
 # Five prompts; a completion is right if its text is the answer.
 ROWS = Dataset.from_dict(
@@ -34,7 +37,7 @@ def recipe(**changes: Any) -> Recipe:
             "output_dir": "runs/x",
             "model": {"tiny": {}},
             "data": data,
-            "rewards": {"functions": functions},
+            "rewards": {"functions": functions, **changes.pop("rewards", {})},
             "evaluation": evaluation,
         }
     )
@@ -47,6 +50,11 @@ class Scripted:
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
+        self.failures: list[Failure] = []
+
+    def take_failures(self) -> list[Failure]:
+        taken, self.failures = self.failures, []
+        return taken
 
     def score(self, prompts: Any, completions: Any, completion_ids: Any, columns: Any) -> Any:
         self.calls.append(
@@ -180,6 +188,60 @@ def test_every_reward_missing_gives_null_in_finite_json() -> None:
     assert line["by_difficulty"]["2"]["metrics"]["reward/brief"] is None
     assert line["examples"][0]["rewards"] == {"correct": None, "brief": None}
     assert line["metrics"]["length/mean"] == 2.5
+    again = Evaluation.from_json({"step": 3, **line})
+    assert again.to_json() == found.to_json()
+    assert math.isnan(again.metrics["pass@1"])
+    assert again.intervals["length/mean"] == found.intervals["length/mean"]
+    with pytest.raises(RunError, match="no `metrics`"):
+        Evaluation.from_json({"step": 3})
+
+
+class Failing(Scripted):
+    """The reward `correct` fails on three completions of every call."""
+
+    def score(self, *args: Any) -> Any:
+        self.failures.append(Failure("correct", "timeout", 3, "was not done after 10 s"))
+        return super().score(*args)
+
+
+def test_failures_are_counted_by_reason_or_stop_the_evaluation() -> None:
+    found = evaluate(
+        suite=Failing(), evaluation={"greedy": True}, rewards={"on_error": "skip", "max_failed_share": 0.6}
+    )
+    assert found.failures == {"correct": {"timeout": 6}}
+    with pytest.raises(RewardError, match=r"`correct` failed on 3 of 20 completions \(timeout 3\)"):
+        evaluate(suite=Failing())
+    with pytest.raises(RewardError, match=r"more than `rewards\.max_failed_share`"):  # 3 of 5 greedy ones
+        evaluate(suite=Failing(), evaluation={"greedy": True}, rewards={"on_error": "skip"})
+
+
+def test_a_failure_on_another_process_stops_this_one_too() -> None:
+    def gather(rows: Any) -> Any:
+        other = np.zeros_like(rows)
+        other[0, 1] = 2  # the second reason, `timeout`, of the first reward
+        return np.concatenate([rows, other])
+
+    with pytest.raises(RewardError, match=r"failed on 2 of 24 completions \(timeout 2\).*another process"):
+        evaluate_policy(generate, ROWS, Scripted(), recipe(), max_new_tokens=4, gather=gather, num_processes=2)
+
+
+def test_a_real_suite(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def right(completions, answer, **kwargs):\n"
+        "    return [float(text == gold) for text, gold in zip(completions, answer)]\n"
+    )
+    made = parse_recipe(
+        {
+            "output_dir": "runs/x",
+            "model": {"tiny": {}},
+            "data": {"source": "reasoning_gym", "task": "chain_sum"},
+            "rewards": {"functions": {"right": {"function": f"{tmp_path / 'mine.py'}:right"}}},
+        }
+    )
+    with RewardSuite(made.rewards) as suite:
+        found = evaluate_policy(generate, ROWS, suite, made, max_new_tokens=4)
+    # `?` is wrong here, not missing: 2/4, 0, 1, 1/4, 2/4.
+    assert found.metrics["pass@1"] == pytest.approx(2.25 / 5)
 
 
 def test_settings_and_examples_are_recorded() -> None:
@@ -201,34 +263,31 @@ def test_settings_and_examples_are_recorded() -> None:
 def test_several_processes_find_what_one_finds(processes: int) -> None:
     """Each process's rows are recorded in a first pass; the second gathers them as a collective operation would."""
     changes = {"evaluation": {"greedy": True}, "data": {"difficulty": "level"}}
-    recorded: list[list[Any]] = [[] for _ in range(processes)]
+    sent: list[list[Any]] = [[] for _ in range(processes)]  # by process, then in order of the calls
 
     def run(process: int, gather: Any) -> Evaluation:
-        return evaluate_policy(
-            generate,
-            ROWS,
-            Scripted(),
-            recipe(**changes),
-            max_new_tokens=4,
-            gather=gather,
-            process_index=process,
-            num_processes=processes,
-        )
+        place = {"process_index": process, "num_processes": processes}
+        return evaluate_policy(generate, ROWS, Scripted(), recipe(**changes), max_new_tokens=4, gather=gather, **place)
+
+    def record(process: int) -> Any:
+        def gather(rows: Any) -> Any:
+            sent[process].append(rows)
+            return rows
+
+        return gather
 
     for process in range(processes):
-        run(process, lambda rows, kept=recorded[process]: (kept.append(rows), rows)[1])
-    assert len({kept[0].shape for kept in recorded}) == 1  # a collective needs equal shapes
+        run(process, record(process))
+    shapes = {tuple(rows.shape for rows in calls) for calls in sent}
+    assert len(shapes) == 1  # a collective operation needs equal shapes
     one = evaluate(**changes)
     for process in range(processes):
-        turns = iter(range(2))
-        found = run(
-            process, lambda rows, turns=turns: np.concatenate([kept[t] for t in [next(turns)] for kept in recorded])
-        )
+        calls = iter(zip(*sent, strict=True))
+        found = run(process, lambda rows, calls=calls: np.concatenate(next(calls)))
         assert found.metrics == one.metrics
         assert found.intervals == one.intervals
         assert found.by_difficulty == one.by_difficulty
         assert found.missing == one.missing
-    assert run(0, lambda rows: rows).metrics.keys() == one.metrics.keys()
 
 
 def test_shares_cover_every_row_and_are_equally_long() -> None:

@@ -1,5 +1,6 @@
 """Tables and examples on a terminal: readable, and safe to show."""
 
+import io
 import math
 from dataclasses import replace
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from rlbal.evaluation import Evaluation
-from rlbal.evaluation_view import difficulty_table, examples_panel, printable, table
+from rlbal.evaluation_view import comparison, difficulty_table, examples_panel, printable, table
 
 NAN = math.nan
 BEFORE = Evaluation(
@@ -16,6 +17,7 @@ BEFORE = Evaluation(
     left_out={},
     by_difficulty={"2": {"prompts": 3, "metrics": {"pass@1": 0.9}}},
     missing={},
+    failures={},
     prompts=512,
     samples=2048,
     settings={},
@@ -32,7 +34,7 @@ AFTER = replace(
 
 
 def shown(renderable: Any, width: int = 80) -> list[str]:
-    console = Console(width=width, record=True, file=open("/dev/null", "w"), force_terminal=True, color_system=None)
+    console = Console(width=width, record=True, file=io.StringIO(), force_terminal=True, color_system=None)
     console.print(renderable)
     return console.export_text().splitlines()
 
@@ -96,3 +98,13 @@ def test_hostile_text_is_shown_as_text() -> None:
     assert "[red]run[/red]" in text
     assert "\x1b" not in text
     assert line_with(shown(table({"[red]run[/red]": BEFORE})), "metric") == ["metric", "[red]run[/red]"]
+
+
+def test_comparison_shows_the_first_and_the_last_line() -> None:
+    lines = [{"step": step, **one.to_json()} for step, one in [(0, BEFORE), (50, BEFORE), (100, AFTER)]]
+    found = shown(comparison(lines))
+    assert line_with(found, "metric") == ["metric", "step 0", "step 100", "change"]
+    assert line_with(found, "pass@1")[-1] == "+0.470"
+    assert line_with(found, "reward/format")[1] == "–"
+    assert any("step 100: correct" in line for line in found)
+    assert line_with(shown(comparison(lines[:1])), "metric") == ["metric", "step 0"]

@@ -1,0 +1,1 @@
+"""Rewards: finding the functions (`loading`), running them (`suite`), and workers that can be killed (`sandbox`)."""

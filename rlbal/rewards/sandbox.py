@@ -1,0 +1,239 @@
+"""Worker processes that score one row at a time and can be killed at any moment.
+
+A worker is a new Python started by exec, never a fork of the trainer (which holds CUDA and process groups). It gets a
+scrubbed environment and an empty working directory, and gives up most rights before the first completion
+(`rlbal.rewards.isolation`). The parent keeps the time, kills a worker that exceeds it and starts another when the next
+row comes. Answers are bounded lines of JSON and are checked as hostile input.
+"""
+
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rlbal.errors import RewardError
+from rlbal.rewards.outcomes import Fault, Outcome, outcomes
+from rlbal.rewards.worker import LARGEST_ANSWER
+
+logger = logging.getLogger(__name__)
+
+STARTUP_SECONDS = 120.0
+# Nothing else of the trainer's environment reaches a worker: it holds tokens.
+PASSED_ON = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "TZ")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row for one reward. `request` is JSON: the reward's name, its arguments as lists of one, the time limit."""
+
+    request: str
+    timeout: float
+    bounds: tuple[float, float] | None
+
+
+class WorkerLost(Exception):
+    """The worker is gone or can no longer be trusted; the reason is a `Fault` reason."""
+
+    def __init__(self, reason: Literal["timeout", "died"], message: str) -> None:
+        self.reason: Literal["timeout", "died"] = reason
+        super().__init__(message)
+
+
+class Worker:
+    """One worker process, started when first needed and again after each loss."""
+
+    def __init__(self, setup: bytes, folder: str) -> None:
+        self._setup, self._folder = setup, folder
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: socket.socket | None = None
+        self.missing: list[str] = []
+
+    def start(self) -> None:
+        """Start the process, unless it is running, and wait until it has imported the rewards.
+
+        Raises:
+            RewardError: an import failed, or was not done in `STARTUP_SECONDS`.
+        """
+        if self._process is not None and self._process.poll() is None:
+            return
+        self.kill()
+        self._channel, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "rlbal.rewards.worker", str(theirs.fileno()), str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                cwd=self._folder,
+                env=worker_environment(self._folder),
+                start_new_session=True,
+            )
+        try:
+            answer = self._exchange(self._setup, STARTUP_SECONDS)
+        except WorkerLost as lost:
+            why = f"its imports took over {STARTUP_SECONDS:g} s" if lost.reason == "timeout" else f"it {lost}"
+            raise RewardError("a reward worker did not start", why, "try the import in a shell") from None
+        if "ready" not in answer:
+            self.kill()
+            raise RewardError("a reward worker did not start", str(answer.get("error", "it sent something else")))
+        self.missing = list(answer["ready"])
+
+    def score(self, job: Job) -> Outcome:
+        """Score one row; whatever happens to the worker costs that row alone."""
+        try:
+            self.start()
+        except RewardError as error:
+            return Fault("died", f"could not be run: {error}")
+        token = secrets.token_hex(8)
+        try:
+            answer = self._exchange(f"{token} {job.request}\n".encode(), job.timeout)
+            return _read_answer(answer, token, job.bounds)
+        except WorkerLost as lost:
+            self.kill()
+            return Fault(lost.reason, str(lost))
+
+    def _exchange(self, line: bytes, seconds: float) -> dict[str, Any]:
+        """Send a line and read one back within the time limit.
+
+        Raises:
+            WorkerLost: no answer in time, no worker any more, or no JSON object.
+        """
+        assert self._channel is not None
+        deadline = time.monotonic() + seconds
+        answer = b""
+        try:
+            self._channel.settimeout(seconds)
+            self._channel.sendall(line)
+            while not answer.endswith(b"\n"):
+                if (left := deadline - time.monotonic()) <= 0:
+                    raise TimeoutError
+                self._channel.settimeout(left)
+                if not (piece := self._channel.recv(LARGEST_ANSWER)):
+                    raise WorkerLost("died", "ended its worker process")
+                answer += piece
+                if len(answer) > LARGEST_ANSWER:
+                    raise WorkerLost("died", "made its worker send too long an answer")
+        except TimeoutError:
+            raise WorkerLost("timeout", f"was not done after {seconds:g} s") from None
+        except OSError:
+            raise WorkerLost("died", "ended its worker process") from None
+        try:
+            message = json.loads(answer)
+        except (ValueError, RecursionError):
+            message = None
+        if not isinstance(message, dict):
+            raise WorkerLost("died", "made its worker send an unreadable answer")
+        return message
+
+    def kill(self) -> None:
+        """End the process with everything it started. Safe to call at any time."""
+        if self._process is not None:
+            if self._process.poll() is None:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+
+def _read_answer(answer: dict[str, Any], token: str, bounds: tuple[float, float] | None) -> Outcome:
+    fault = answer.get("fault")
+    if answer.get("token") != token or not ("score" in answer or isinstance(fault, list)):
+        raise WorkerLost("died", "made its worker send an answer to another question")
+    if fault is None:
+        return outcomes([answer["score"]], 1, bounds)[0]
+    reason, message = (*map(str, fault), "", "")[:2]
+    if reason not in ("raised", "died", "nan", "infinite", "wrong_count", "not_a_number"):
+        raise WorkerLost("died", "made its worker send an unreadable answer")
+    return Fault(reason, message)  # type: ignore[arg-type]
+
+
+def worker_environment(folder: str) -> dict[str, str]:
+    """The environment of a worker: enough to import the same modules, and no secrets."""
+    passed = {key: os.environ[key] for key in PASSED_ON if key in os.environ}
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+    return {**passed, **threads, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "HOME": folder, "TMPDIR": folder}
+
+
+class WorkerPool:
+    """Workers that share the rows of a batch.
+
+    Args:
+        rewards: name -> `{"function": path, "args": {...}}` of every reward these workers serve.
+        workers: how many processes.
+        memory_mb: MiB that a worker may use beyond what it holds after its imports.
+        fresh: score each row in a copy of the worker, for scorers that evaluate completions as code.
+    """
+
+    def __init__(self, rewards: dict[str, dict[str, Any]], workers: int, memory_mb: int, fresh: bool) -> None:
+        setup = json.dumps({"rewards": rewards, "memory_mb": memory_mb, "fresh": fresh}).encode() + b"\n"
+        self._folder = tempfile.TemporaryDirectory(prefix="rlbal-rewards-")
+        self._workers = [Worker(setup, self._folder.name) for _ in range(workers)]
+        # These threads live as long as the pool: a worker is killed when the thread that started it ends.
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="rlbal-rewards")
+        self._lock = threading.Lock()
+        self.close = weakref.finalize(self, _close, os.getpid(), self._workers, self._threads, self._folder)
+
+    @property
+    def missing(self) -> list[str]:
+        """The protections that this machine does not give (`isolation.lock_down`); known once workers run."""
+        return sorted({what for worker in self._workers for what in worker.missing})
+
+    def start(self) -> None:
+        """Start every worker now.
+
+        Raises:
+            RewardError: one cannot be started.
+        """
+        self._on_workers(len(self._workers), lambda worker: worker.start(), deque())
+
+    def score(self, jobs: list[Job]) -> list[Outcome]:
+        """Score the jobs on all workers at once; the results are in their order."""
+        waiting = deque(enumerate(jobs))
+        results: list[Outcome] = [None] * len(jobs)
+
+        def serve(worker: Worker) -> None:
+            while waiting:
+                try:
+                    index, job = waiting.popleft()
+                except IndexError:  # another thread took the last one
+                    return
+                results[index] = worker.score(job)
+
+        self._on_workers(min(len(jobs), len(self._workers)), serve, waiting)
+        return results
+
+    def _on_workers(self, count: int, action: Callable[[Worker], None], waiting: deque[Any]) -> None:
+        with self._lock:
+            futures = [self._threads.submit(action, worker) for worker in self._workers[:count]]
+            try:
+                for future in futures:
+                    future.result()
+            finally:
+                waiting.clear()  # after Ctrl-C the threads end with the row they are at
+                wait(futures)
+
+
+def _close(owner: int, workers: list[Worker], threads: ThreadPoolExecutor, folder: Any) -> None:
+    if os.getpid() != owner:
+        return  # a fork of the trainer, such as a dataloader's worker, must not end what it does not own
+    for worker in workers:
+        worker.kill()
+    threads.shutdown(wait=False, cancel_futures=True)
+    folder.cleanup()

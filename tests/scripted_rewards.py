@@ -1,0 +1,23 @@
+"""Rewards that need no answer: functions of the completion's tokens."""
+
+from typing import Any
+
+
+def even_share(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    """Share of even token ids."""
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def short(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    """1 for up to five tokens, else 0."""
+    return [float(len(ids) <= 5) for ids in completion_ids]
+
+
+def sometimes_missing(completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
+    """As `short`, and None where the first token is divisible by 3."""
+    return [None if ids[0] % 3 == 0 else float(len(ids) <= 5) for ids in completion_ids]
+
+
+def always_missing_for_some(completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
+    """None wherever `sometimes_missing` is, else the length."""
+    return [None if ids[0] % 3 == 0 else len(ids) / 20 for ids in completion_ids]
