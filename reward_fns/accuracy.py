@@ -4,6 +4,7 @@ What is graded is the content of the last `<answer>…</answer>`, and the whole 
 """
 
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,7 +20,7 @@ MATH_DELIMITERS = ("$", "\\(", "\\[", "\\boxed")
 
 
 @must_sandbox
-def math_correct(completions: list[Completion], answer: list[str], **kwargs: Any) -> list[float]:
+def math_correct(completions: Sequence[Completion], answer: Sequence[str], **kwargs: Any) -> list[float]:
     r"""1 where the completion's answer equals the gold `answer` as mathematics, 0 elsewhere.
 
     Both may be worked solutions that end in `#### value` or hold a `\boxed{…}`, or a bare number or LaTeX formula. A
@@ -35,7 +36,7 @@ def math_correct(completions: list[Completion], answer: list[str], **kwargs: Any
     ]
 
 
-def exact_match(completions: list[Completion], answer: list[str], **kwargs: Any) -> list[float]:
+def exact_match(completions: Sequence[Completion], answer: Sequence[str], **kwargs: Any) -> list[float]:
     """1 where the completion's answer is the gold `answer` up to white space, 0 elsewhere."""
     return [
         float(_graded_text(completion).split() == str(gold).split())

@@ -1,5 +1,6 @@
 """Is the completion written in the form that was asked for? Every check is linear in the length of the completion."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from reward_fns._text import Completion, completion_text, last_boxed
@@ -7,7 +8,7 @@ from reward_fns._text import Completion, completion_text, last_boxed
 THINK_ANSWER_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
-def think_answer(completions: list[Completion], **kwargs: Any) -> list[float]:
+def think_answer(completions: Sequence[Completion], **kwargs: Any) -> list[float]:
     """1 for one `<think>…</think>`, then one `<answer>…</answer>`, and nothing else but white space; 0 otherwise."""
     return [float(_is_think_answer(completion_text(completion).strip())) for completion in completions]
 
@@ -24,7 +25,7 @@ def _is_think_answer(text: str) -> bool:
     )
 
 
-def boxed(completions: list[Completion], **kwargs: Any) -> list[float]:
+def boxed(completions: Sequence[Completion], **kwargs: Any) -> list[float]:
     r"""1 for exactly one `\boxed{…}` whose braces balance and which is not empty; 0 otherwise."""
     texts = [completion_text(completion) for completion in completions]
     return [float(text.count("\\boxed{") == 1 and bool(last_boxed(text))) for text in texts]

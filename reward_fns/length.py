@@ -12,8 +12,8 @@ from rlbal.errors import RewardError
 
 
 def triangular(
-    completions: list[Completion],
-    completion_ids: list[list[int]],
+    completions: Sequence[Completion],
+    completion_ids: Sequence[Sequence[int]],
     target_tokens: int | None = None,
     token_budget: Sequence[int] | None = None,
     **kwargs: Any,
@@ -31,8 +31,8 @@ def triangular(
 
 
 def band(
-    completions: list[Completion],
-    completion_ids: list[list[int]],
+    completions: Sequence[Completion],
+    completion_ids: Sequence[Sequence[int]],
     target_tokens: int | None = None,
     token_budget: Sequence[int] | None = None,
     **kwargs: Any,
@@ -50,8 +50,8 @@ def band(
 
 
 def conciseness(
-    completions: list[Completion],
-    completion_ids: list[list[int]],
+    completions: Sequence[Completion],
+    completion_ids: Sequence[Sequence[int]],
     mean_completion_length: Sequence[float] | None = None,
     **kwargs: Any,
 ) -> list[float]:

@@ -1,7 +1,7 @@
 """Correctness by the scorer of the reasoning-gym task that a row comes from."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -34,10 +34,10 @@ GRID_TASKS = frozenset({"arc_agi", "rearc"})
 
 @must_sandbox
 def score(
-    completions: list[Completion],
-    question: list[str],
-    answer: list[str | None],
-    metadata: list[str],
+    completions: Sequence[Completion],
+    question: Sequence[str],
+    answer: Sequence[str | None],
+    metadata: Sequence[str],
     unsafe: bool = False,
     require_tag: bool = True,
     configs: dict[str, dict[str, Any]] | None = None,

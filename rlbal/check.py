@@ -17,7 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from rlbal.errors import RlbalError
+from rlbal.evaluation import score_texts
 from rlbal.gold import score_gold
+from rlbal.quiet import quiet_libraries
 from rlbal.recipe import EvaluationSection, Recipe
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ def check_recipe(recipe: Recipe, name: str = "recipe") -> Report:
         recipe: a recipe that could be read.
         name: what to call it.
     """
+    quiet_libraries()
     report = Report(name)
     with report.step("recipe") as say:
         args, plan = _bind(recipe, report, say)
@@ -292,13 +295,8 @@ def _probe(
         progress=True,
         chat_template_kwargs=args.chat_template_kwargs,
     )
-    table = rows[:]
     flat = [sample for row in samples for sample in row]
-    columns = {name: [value for value in values for _ in range(count)] for name, values in table.items()}
-    prompts = columns.pop("prompt")
-    chat = not isinstance(prompts[0], str)
-    completions = [[{"role": "assistant", "content": one.text}] if chat else one.text for one in flat]
-    rewards_NK = suite.score(prompts, completions, [one.ids for one in flat], columns)
+    rewards_NK = score_texts(suite, rows[:], [one.text for one in flat], [one.ids for one in flat])
     rewards_PGK = rewards_NK.reshape(len(samples), count, -1)
     truncated = float(np.mean([one.truncated for one in flat]))
     k = suite.names.index(recipe.rewards.success_name)

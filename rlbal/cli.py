@@ -18,7 +18,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML); `rlbal recipes` lists some.")]
+RecipeArgument = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML); `rlbal recipes` lists some.")
+]
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Overrides, e.g. `trainer.learning_rate=1e-5`."),
@@ -40,11 +42,15 @@ def train(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run in `output_dir` first.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete an earlier run in `output_dir` first.")
+    ] = False,
     accelerate: Annotated[
         str | None, typer.Option(metavar="X", help="Launch with accelerate_configs/X.yaml (a name or a path).")
     ] = None,
-    num_processes: Annotated[int | None, typer.Option(metavar="N", help="Processes to launch, with --accelerate.")] = None,
+    num_processes: Annotated[
+        int | None, typer.Option(metavar="N", help="Processes to launch, with --accelerate.")
+    ] = None,
 ) -> None:
     """Train a policy as RECIPE says.
 
@@ -98,7 +104,8 @@ def check(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: 
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="Run directory, model folder or hub id.")],
     recipe: Annotated[
-        Path | None, typer.Option("--recipe", help="Recipe whose data, rewards and `evaluation` to use; default: the run's.")
+        Path | None,
+        typer.Option("--recipe", help="Recipe whose data, rewards and `evaluation` to use; default: the run's."),
     ] = None,
     overrides: OverridesArgument = None,
     checkpoint: Annotated[
@@ -121,7 +128,9 @@ def evaluate(
 
 @app.command()
 def recipes(
-    name: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="Show this recipe, resolved and checked.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="Show this recipe, resolved and checked.")
+    ] = None,
     overrides: OverridesArgument = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes, for editors.")] = False,
 ) -> None:

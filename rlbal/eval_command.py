@@ -8,6 +8,7 @@ from rich.console import Console
 
 from rlbal.errors import RecipeError, RunError
 from rlbal.evaluation import Evaluation, evaluate_policy
+from rlbal.quiet import quiet_libraries
 from rlbal.recipe import Recipe, read_recipe
 from rlbal.run import RunDirectory, to_json
 
@@ -49,7 +50,7 @@ def evaluate_model(
     console, label = Console(), {str(source): evaluation}
     console.print(table(label))
     if evaluation.by_difficulty:
-        console.print(difficulty_table(label, "pass@1"))
+        console.print(difficulty_table(label, recipe.evaluation.best_metric))
     console.print(examples_panel(label))
 
 
@@ -80,6 +81,7 @@ def model_folder(run: RunDirectory, checkpoint: str | None) -> Path:
 
 
 def _evaluate(recipe: Recipe, source: str) -> Evaluation:
+    quiet_libraries()
     from rlbal.model import default_device, load_model, load_tokenizer
     from rlbal.prompts.data import load_data
     from rlbal.rewards.suite import RewardSuite

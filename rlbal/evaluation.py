@@ -122,25 +122,49 @@ def share_of_rows(count: int, process_index: int, num_processes: int) -> list[in
     return [(process_index + turn * num_processes) % count for turn in range(per_process)]
 
 
+def score_texts(
+    suite: Suite, table: dict[str, list[Any]], texts: list[str], ids: list[list[int]], mean_length: float | None = None
+) -> Array:
+    """Score completions outside TRL, in one call, so that rewards relative to the batch see all of it.
+
+    Args:
+        suite: the K rewards.
+        table: P rows as columns, `prompt` among them.
+        texts: P x S completions, the S of a row one after another.
+        ids: their tokens.
+        mean_length: mean completion length in tokens over all processes; default over these.
+
+    Returns:
+        (P * S, K) raw rewards, NaN where missing.
+    """
+    per_row = len(texts) // len(table["prompt"])
+    columns = {name: [value for value in values for _ in range(per_row)] for name, values in table.items()}
+    prompts = columns.pop("prompt")
+    completions: list[Any] = [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    if mean_length is None:
+        mean_length = sum(map(len, ids)) / len(ids)
+    columns["mean_completion_length"] = [mean_length] * len(texts)
+    return np.asarray(suite.score(prompts, completions, ids, columns), dtype=float)
+
+
 def _score(
-    suite: Suite, table: dict[str, list[Any]], samples: list[list[Sample]]
+    suite: Suite, table: dict[str, list[Any]], samples: list[list[Sample]], gather: Gather | None
 ) -> tuple[Array, list[dict[str, Any]]]:
-    """Score every sample in one call, so that rewards relative to the batch see all of it.
+    """Score every sample.
 
     Returns:
         (P, S, K + 2): rewards, length in tokens, 1 if truncated; and the first sample of the first prompts to show.
     """
-    per_row = len(samples[0])
     flat = [sample for row in samples for sample in row]
-    columns = {name: [value for value in values for _ in range(per_row)] for name, values in table.items()}
-    prompts = columns.pop("prompt")
-    completions: list[Any] = [
-        sample.text if isinstance(prompt, str) else [{"role": "assistant", "content": sample.text}]
-        for prompt, sample in zip(prompts, flat, strict=True)
-    ]
-    rewards_NK = np.asarray(suite.score(prompts, completions, [sample.ids for sample in flat], columns), dtype=float)
-    lengths = [[len(sample.ids), sample.truncated] for sample in flat]
-    scores_PSK = np.concatenate([rewards_NK, np.array(lengths, dtype=float)], axis=1).reshape(len(samples), per_row, -1)
+    lengths = np.array([[len(sample.ids), sample.truncated] for sample in flat], dtype=float)
+    mean_length = (lengths if gather is None else gather(lengths))[:, 0].mean()
+    rewards_NK = score_texts(
+        suite, table, [sample.text for sample in flat], [sample.ids for sample in flat], float(mean_length)
+    )
+    scores_PSK = np.concatenate([rewards_NK, lengths], axis=1).reshape(len(samples), len(samples[0]), -1)
     examples = [
         {
             "prompt": table["prompt"][row],
@@ -243,7 +267,7 @@ def evaluate_policy(
     failures: dict[str, dict[str, int]] = {}
     missing = np.zeros(len(names), dtype=int)
     for greedy in [False, True] if settings.greedy else [False]:
-        local_PSK, shown = _score(suite, table, generate(table["prompt"], positions, greedy))
+        local_PSK, shown = _score(suite, table, generate(table["prompt"], positions, greedy), gather)
         failed = _all_failures(suite, gather)
         if problem := verdict(failed, local_PSK[:, :, 0].size * num_processes, recipe.rewards):
             raise RewardError(f"evaluation: {problem}")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlbal.evaluation import score_texts
 from rlbal.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -87,13 +88,8 @@ def score_gold(recipe: Recipe, suite: "RewardSuite", rows: "Dataset", seed: int)
 
 
 def _score(suite: "RewardSuite", rows: "Dataset", written: list[str]) -> np.ndarray:
-    columns = rows[:]
-    prompts = columns.pop("prompt")
-    chat = not isinstance(prompts[0], str)
-    completions = [[{"role": "assistant", "content": text}] if chat else text for text in written]
     # Length rewards want tokens; characters stand in for them, since no gold answer has been tokenized.
-    ids = [[0] * len(text) for text in written]
-    return suite.score(prompts, completions, ids, columns)
+    return score_texts(suite, rows[:], written, [[0] * len(text) for text in written])
 
 
 def _mean(values: np.ndarray) -> float:

@@ -76,7 +76,7 @@ class Recipe(Section):
     """Everything about one run."""
 
     output_dir: str
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     algorithm: AlgorithmSection = Field(default_factory=AlgorithmSection)
     model: ModelSection
     data: AnyData

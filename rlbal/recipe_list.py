@@ -53,5 +53,5 @@ def schema_json() -> str:
     schema = Recipe.model_json_schema()
     trainer = trainer_model().model_json_schema()
     schema["$defs"] |= trainer.pop("$defs", {})
-    schema["properties"]["trainer"] = trainer
+    schema["properties"]["trainer"] |= trainer
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"

@@ -1,13 +1,13 @@
 """The run directory: what a run leaves behind, written so that it can be found again and trusted.
 
-    .rlbal-run          marks the directory as ours: only such a directory is ever deleted
-    recipe.yaml         the resolved recipe
-    metrics.jsonl       one object per optimizer step
-    evaluations.jsonl   one object per evaluation
-    checkpoint-N/       TRL's checkpoint and rlbal's state
-    best.json           which checkpoint scored best, and how
-    warm_start/         the tiny model as RL found it (only with `model.tiny.warm_start`)
-    model/              the final model
+.rlbal-run          marks the directory as ours: only such a directory is ever deleted
+recipe.yaml         the resolved recipe
+metrics.jsonl       one object per optimizer step
+evaluations.jsonl   one object per evaluation
+checkpoint-N/       TRL's checkpoint and rlbal's state
+best.json           which checkpoint scored best, and how
+warm_start/         the tiny model as RL found it (only with `model.tiny.warm_start`)
+model/              the final model
 """
 
 import json
@@ -71,14 +71,25 @@ class RunDirectory:
         """Make the directory for a new run; with `overwrite`, delete the run that is there.
 
         Raises:
-            RunError: as `check_free`.
+            RunError: as `check_free`, or the directory cannot be written.
         """
         self.check_free(overwrite)
-        if self.is_run:
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / MARKER).touch()
-        write_whole(self.path / "recipe.yaml", recipe.dump())
+        try:
+            if self.is_run:
+                self._clear()
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / MARKER).touch()
+            write_whole(self.path / "recipe.yaml", recipe.dump())
+        except OSError as error:
+            raise RunError(f"cannot write a run to {self.path}", str(error), "choose another `output_dir`") from None
+
+    def _clear(self) -> None:
+        """Delete what is inside, the marker last: a deletion cut off in the middle can be repeated."""
+        for path in sorted(self.path.iterdir(), key=lambda path: path.name == MARKER):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def recipe(self) -> Recipe:
         """The recipe this run was started with.
@@ -92,7 +103,7 @@ class RunDirectory:
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first. One without both state files was cut off while being written."""
-        found = [path for path in self.path.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+        found = [path for path in self.path.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
         whole = [path for path in found if (path / STATE).is_file() and (path / "trainer_state.json").is_file()]
         return sorted(whole, key=lambda path: int(path.name.split("-")[1]))
 
@@ -128,7 +139,9 @@ def to_json(record: dict[str, Any]) -> str:
             return {key: finite(item) for key, item in value.items()}
         return [finite(item) for item in value] if isinstance(value, list | tuple) else value
 
-    return json.dumps(finite(record), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(finite(record), ensure_ascii=False, allow_nan=False)
+    # Half a surrogate pair, which a dataset may hold, is no UTF-8; its backslash escape is valid JSON.
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
@@ -138,11 +151,18 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a file; a last line cut off by a crash is left out."""
-    with path.open(encoding="utf-8") as file:
-        for line in file:
+    """Records of a file; a last line cut off by a crash is left out.
+
+    Raises:
+        RunError: another line is not JSON.
+    """
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
             if line.endswith("\n"):
-                yield json.loads(line)
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise RunError(f"{path}, line {number} is not JSON", why=str(error), fix="remove it") from None
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from rlbal.errors import DataError, RecipeError, RlbalError, RunError, TrainingStopped
+from rlbal.errors import DataError, RecipeError, RewardError, RlbalError, RunError, TrainingStopped
+from rlbal.quiet import quiet_libraries
 from rlbal.recipe import Recipe, read_recipe
 from rlbal.run import STATE, RunDirectory, read_jsonl
 
@@ -56,6 +57,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
         RlbalError: bad input, with what to do about it.
         TrainingStopped: a reward failed or the user interrupted; a checkpoint is saved.
     """
+    quiet_libraries()
     from rlbal.trainer_args import training_args
 
     console = console or Console()
@@ -82,12 +84,16 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     if everyone.is_main_process:
         console.print(plan.explain(), highlight=False)
 
-    parts = load_parts(recipe, args, plan, run)
-    with parts.suite:
-        trainer = build_trainer(parts, run, console, start_evaluation=checkpoint is None)
-        _train(trainer, run, checkpoint, console)
+    try:
+        parts = load_parts(recipe, args, plan, run)
+        with parts.suite:
+            trainer = build_trainer(parts, run, console, start_evaluation=checkpoint is None)
+            _train(trainer, run, checkpoint, console)
         if everyone.is_main_process:
             _summarise(run, console)
+    finally:
+        # gloo aborts the interpreter at exit if its threads are still running.
+        everyone.destroy_process_group()
     return run.path
 
 
@@ -175,7 +181,7 @@ def _train(trainer: "BalancedGRPOTrainer", run: RunDirectory, checkpoint: Path |
             trainer.load_rlbal_state(json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except TrainingStopped as stop:
+        except (TrainingStopped, RewardError) as stop:
             trainer.save_now()
             raise TrainingStopped(f"{stop}\nA checkpoint is saved. Continue: {resume_command(run)}") from None
         if interruption.requested:

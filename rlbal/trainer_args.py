@@ -48,6 +48,17 @@ CHOICES = {
     "vllm_mode": ("colocate", "server"),
 }
 
+# TRL takes any number here and fails later, or not at all.
+POSITIVE = {
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "steps_per_generation",
+    "generation_batch_size",
+    "num_iterations",
+    "max_completion_length",
+    "temperature",
+}
+
 
 @cache
 def trainer_model() -> type[BaseModel]:
@@ -65,8 +76,9 @@ def trainer_model() -> type[BaseModel]:
             default = None if field.default is dataclasses.MISSING else field.default
         # Choices get their own message in `validate_trainer`, before the types are looked at.
         kind = typing.Literal[CHOICES[field.name]] if field.name in CHOICES else hints[field.name]
-        fields[field.name] = (kind, Field(default, description=field.metadata.get("help")))
-    config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+        low = 0 if field.name in POSITIVE else None
+        fields[field.name] = (kind, Field(default, gt=low, description=field.metadata.get("help")))
+    config = ConfigDict(extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True, protected_namespaces=())
     return create_model("TrainerSection", __config__=config, **fields)
 
 
@@ -117,7 +129,8 @@ class BatchPlan:
         """The arithmetic in one sentence."""
         return (
             f"{self.num_processes} processes x {self.per_device} rows per device x {self.steps_per_generation} steps "
-            f"per generation = {self.rollouts} rollouts = {self.prompts} prompts x {self.rollouts_per_prompt} rollouts; "
+            f"per generation = {self.rollouts} rollouts = {self.prompts} prompts x {self.rollouts_per_prompt} "
+            "rollouts; "
             f"optimizer step every {self.accumulation} micro-batches of {self.per_device * self.num_processes} rows"
         )
 
@@ -147,7 +160,10 @@ def plan_batches(recipe: Recipe, trainer: dict[str, Any], num_processes: int) ->
             f"{per_device} rows x {num_processes} processes = {step_rows}",
             fix=f"make it a multiple of {step_rows}",
         )
-    steps = batch // step_rows if batch is not None else steps or accumulation
+    if batch is not None:
+        steps = batch // step_rows
+    elif steps is None:
+        steps = accumulation
     plan = BatchPlan(num_processes, per_device, accumulation, steps, recipe.algorithm.rollouts_per_prompt)
     if plan.rollouts % plan.rollouts_per_prompt:
         raise RecipeError(
@@ -170,21 +186,32 @@ def check_generation(recipe: Recipe, trainer: dict[str, Any]) -> None:
     """Refuse generation engines that cannot do what the recipe asks.
 
     Raises:
-        RecipeError: the vLLM server with groups that are not equal and at least two, or two engines at once.
+        RecipeError: the vLLM server with groups that are not equal and at least two, two engines at once, or a loss
+            that cannot correct for vLLM as told.
     """
+
+    def value(key: str) -> Any:
+        return trainer.get(key, trainer_model().model_fields[key].default)
+
     if trainer.get("use_vllm") and trainer.get("use_transformers_continuous_batching"):
         raise RecipeError(
             "`trainer.use_vllm` and `trainer.use_transformers_continuous_batching` are two engines for one job",
             fix="keep one of them",
         )
-    server = trainer.get("use_vllm") and trainer.get("vllm_mode", trainer_model().model_fields["vllm_mode"].default)
     equal_groups = recipe.allocation.method == "uniform" and recipe.algorithm.rollouts_per_prompt > 1
-    if server == "server" and not equal_groups:
+    if trainer.get("use_vllm") and value("vllm_mode") == "server" and not equal_groups:
         raise RecipeError(
             "`trainer.vllm_mode: server` needs equal groups of at least 2 rollouts",
             why="TRL sends every num_generations-th prompt to the server and asks for that many completions of each",
             fix="use `trainer.vllm_mode: colocate`, or `allocation.method: uniform` with "
             "`algorithm.rollouts_per_prompt` above 1",
+        )
+    corrected = trainer.get("use_vllm") and value("vllm_importance_sampling_correction")
+    if value("loss_type") == "vespo" and corrected and not value("vllm_importance_sampling_mode").startswith("token_"):
+        raise RecipeError(
+            "`trainer.loss_type: vespo` corrects for vLLM token by token, but "
+            f"`trainer.vllm_importance_sampling_mode` is `{value('vllm_importance_sampling_mode')}`",
+            fix="set it to `token_truncate` or `token_mask`",
         )
 
 
@@ -223,7 +250,7 @@ def _build(kwargs: dict[str, Any]) -> "GRPOConfig":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             return GRPOConfig(**kwargs)
-    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+    except (ValueError, TypeError, ImportError, NotImplementedError, OSError) as error:
         raise RecipeError("TRL refuses the `trainer:` section", why=str(error)) from None
 
 

@@ -5,9 +5,9 @@ RL can only amplify what the policy sometimes does, so the quickstart's model fi
 sign, the trace forgets it with probability `carry_error` (8 + 5 = 3, 13 - 5 = 18, 3 - 7 = 4). Above one half the model
 comes to believe the wrong result, even when decoding greedily, and RL has something to correct; purely random errors
 would leave its greedy answers right, and RL could only sharpen it. Steps are also off by a random amount
-(`random_error`), written twice (`-1=3,-1=3`, `repeat_step`: something for a length reward to save), and one of the four tags is
-sometimes missing (`drop_tag`: something for a format reward to mend). Evaluation knows nothing of this: it scores
-against the true sums.
+(`random_error`) or written twice, `-1=3,-1=3` (`repeat_step`: something for a length reward to save), and one of the
+four tags is sometimes missing (`drop_tag`: something for a format reward to mend). Evaluation knows nothing of this:
+it scores answers against the true sums.
 """
 
 import json
@@ -19,8 +19,9 @@ from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
+from rich.console import Console
+from rich.progress import track
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlbal.errors import DataError, TrainingStopped
@@ -204,7 +205,7 @@ def warm_start(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, settings.steps)
     batches = _batches(train, tokenizer, settings, Dice(seed), settings.steps)
     model.train()
-    for ids, labels in tqdm(batches, "warm start", settings.steps):
+    for ids, labels in track(batches, "Warm start", settings.steps, console=Console(stderr=True)):
         loss = _loss(model, ids, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

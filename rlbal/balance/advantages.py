@@ -16,9 +16,9 @@ the reward:
     whiten     (A - mean) / (std + eps) over the batch at the end; with group_std and normalize_then_sum this is GDPO
 
 `rloo` is the leave-one-out baseline alone: TRL's RLOOTrainer also puts the KL penalty into the reward and uses
-sequence-level ratios. A missing reward (NaN) contributes 0 for that reward and enters none of its statistics; TRL counts
-it as 0 against the others' baseline, so the two agree only on batches in which no reward is partly missing. A row
-without any reward has advantage 0 and stays out of every statistic.
+sequence-level ratios. A missing reward (NaN) contributes 0 for that reward and enters none of its statistics; TRL
+counts it as 0 against the others' baseline, so the two agree only on batches in which no reward is partly missing. A
+row without any reward has advantage 0 and stays out of every statistic.
 """
 
 from dataclasses import dataclass
@@ -59,12 +59,15 @@ def compute_advantages(
 
     Returns:
         advantages (N,) float32, and metrics with one value per reward: `alpha` and `beta` under `scale: beta`.
+
+    Raises:
+        ValueError: `scale: beta` without ranges or with another order than `normalize_then_sum`.
     """
     rewards_NK, weights_K = rewards_NK.double(), weights_K.double()
     metrics: dict[str, list[float]] = {}
     if rule.scale == "beta":
-        if ranges_K2 is None:
-            raise ValueError("scale `beta` needs the declared range of every reward")
+        if ranges_K2 is None or rule.order != "normalize_then_sum":
+            raise ValueError("scale `beta` needs the range of every reward and the order `normalize_then_sum`")
         rewards_NK = to_unit_interval(rewards_NK, ranges_K2.double())
     present_NK = ~rewards_NK.isnan()
     scored_N = present_NK.any(dim=1)

@@ -12,6 +12,9 @@ With no signal: p_g in {0, 1} gives advantage 0; v = 0 or a single prompt gives 
 
 import torch
 
+# A variance below this is rounding: equal means can differ in their last bit, which would make alpha 1e30.
+NO_VARIANCE = 1e-12
+
 
 def beta_parameters(p_P: torch.Tensor) -> tuple[float, float]:
     """The density's (alpha, beta) from the mean rewards of the prompts, by moments (population variance).
@@ -21,7 +24,7 @@ def beta_parameters(p_P: torch.Tensor) -> tuple[float, float]:
     """
     mean = p_P.mean().item()
     variance = p_P.var(correction=0).item() if len(p_P) > 1 else 0.0
-    if variance == 0.0:
+    if variance < NO_VARIANCE:
         return 1.0, 1.0
     concentration = mean * (1.0 - mean) / variance - 1.0
     return max(1.0, 1.0 + concentration * mean / 3.0), max(1.0, 1.0 + concentration * (1.0 - mean) / 3.0)

@@ -41,9 +41,7 @@ class PolicyEvaluator:
 
     def _gather(self, rows: np.ndarray) -> np.ndarray:
         accelerator = self.trainer.accelerator
-        # float32 keeps what matters here: scores, lengths, and positions below 2^24.
-        local = torch.from_numpy(rows).float().to(accelerator.device)
-        return accelerator.gather(local).double().cpu().numpy()
+        return accelerator.gather(torch.from_numpy(rows).to(accelerator.device)).cpu().numpy()
 
     def _samples(self, prompts: list[Prompt], positions: list[int], greedy: bool) -> list[list[Sample]]:
         trainer = self.trainer
@@ -82,7 +80,7 @@ class PolicyEvaluator:
         ends = end_tokens(self.trainer.accelerator.unwrap_model(trainer.model), tokenizer)
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
         samples = [
-            Sample(list(row), text, truncated=row[-1] not in ends)
+            Sample(list(row), text, truncated=not row or row[-1] not in ends)
             for row, text in zip(completions, texts, strict=True)
         ]
         return [samples[start : start + count] for start in range(0, len(samples), count)]

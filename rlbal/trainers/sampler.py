@@ -11,8 +11,9 @@ class PromptSampler(Sampler[int]):
 
     A block holds `prompts_per_batch` prompts, each `rows_per_prompt` times in a row so that it fills the generation
     batch of all processes, and comes `repeats` times, once for every micro-batch that draws on it. How many rollouts a
-    prompt really gets is decided when generation is due, not here: accelerate fetches a block ahead. Epoch e is shuffled
-    with `seed + e`, so that the order needs no state. Prompts that do not fill a last block are left out of that epoch.
+    prompt really gets is decided when generation is due, not here: accelerate fetches a block ahead. Epoch e is
+    shuffled with `seed + e`, so that the order needs no state. Prompts that do not fill a last block are left out of
+    that epoch.
     """
 
     def __init__(

@@ -131,7 +131,7 @@ def test_a_failing_reward_stops_training_with_its_name(tmp_path: Path) -> None:
     file.write_text("def broken(completions, **kwargs):\n    raise ValueError('no such unit')\n")
     recipe = make_recipe(tmp_path / "run", rewards__functions={"broken": {"function": f"{file}:broken"}})
     trainer = make_trainer(recipe, RewardSuite(recipe.rewards))
-    with pytest.raises(TrainingStopped, match="broken.*no such unit"):
+    with pytest.raises(TrainingStopped, match=r"broken.*no such unit"):
         trainer.train()
 
 

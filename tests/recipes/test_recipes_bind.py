@@ -10,7 +10,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from peft import LoraConfig
 
 from rlbal.prompts.templates import parse_template
-from rlbal.recipe import parse_recipe, parse_yaml, read_recipe
+from rlbal.recipe import parse_recipe, read_recipe
+from rlbal.recipe_file import parse_yaml
 from rlbal.trainer_args import bind_trainer
 
 ROOT = Path(__file__).resolve().parents[2]

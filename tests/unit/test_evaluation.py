@@ -138,7 +138,7 @@ def test_rewards_see_every_sample_with_its_columns_in_one_call() -> None:
     assert call["prompts"][:5] == ["p0", "p0", "p0", "p0", "p1"]
     assert call["completions"][:5] == ["0", "x", "0", "x", "x"]
     assert call["completion_ids"][:2] == [[9], [9, 9]]
-    assert set(call["columns"]) == {"prompt_id", "answer", "level"}
+    assert set(call["columns"]) == {"prompt_id", "answer", "level", "mean_completion_length"}
     assert call["columns"]["answer"][3:5] == ["0", "1"]
 
 

@@ -19,7 +19,18 @@ from rlbal.errors import RewardError
 RUNS_CODE = {"eval", "exec", "compile", "__import__", "open", "getattr", "setattr", "globals", "vars"}
 # Packages that scorers may reach: read once, and none of these runs text as code. (sympy does, so it is not here.)
 HARMLESS = {"numpy", "json", "re", "math", "decimal", "fractions", "datetime", "dateutil", "magiccube", "random"}
-HARMLESS |= {"builtins", "typing", "collections", "dataclasses", "enum", "itertools", "functools", "copy", "string", "zss"}
+HARMLESS |= {
+    "builtins",
+    "typing",
+    "collections",
+    "dataclasses",
+    "enum",
+    "itertools",
+    "functools",
+    "copy",
+    "string",
+    "zss",
+}
 
 
 def reached_by(function: Any, owner: type) -> tuple[set[str], set[str]]:
@@ -80,7 +91,9 @@ def columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
     }
 
 
-@pytest.mark.parametrize("task", ["chain_sum", "simple_equations", "rearc", "shortest_path", "word_sorting", "calendar_arithmetic"])
+@pytest.mark.parametrize(
+    "task", ["chain_sum", "simple_equations", "rearc", "shortest_path", "word_sorting", "calendar_arithmetic"]
+)
 def test_gold_answers_score_1_after_the_way_through_json(task: str) -> None:
     rows = rows_of(task)
     completions = [f"<think>hm</think><answer>{row['answer']}</answer>" for row in rows]
@@ -103,12 +116,12 @@ def test_unsafe_tasks_are_refused_unless_allowed() -> None:
 
 
 def test_a_task_is_scored_with_the_options_it_was_made_with() -> None:
-    # decimal_arithmetic accepts an error of one unit in the last place: 0.001 with 3 places, 1e-6 by default.
+    # decimal_arithmetic accepts an error of one unit in the last place: 0.001 with its default of 3, 0.01 with 2.
     row = {"question": "?", "answer": "1.500", "metadata": json.dumps({"source_dataset": "decimal_arithmetic"})}
     given = {key: [value] for key, value in row.items()}
-    assert score(["<answer>1.501</answer>"], **given) == [0.0]
-    configs = {"decimal_arithmetic": {"min_num_decimal_places": 3, "max_num_decimal_places": 3}}
-    assert score(["<answer>1.501</answer>"], configs=configs, **given) == [1.0]
+    assert score(["<answer>1.51</answer>"], **given) == [0.0]
+    configs = {"decimal_arithmetic": {"min_num_decimal_places": 2, "max_num_decimal_places": 2}}
+    assert score(["<answer>1.51</answer>"], configs=configs, **given) == [1.0]
 
 
 @pytest.mark.parametrize("metadata", ["", "[]", "{}", None, "3"])

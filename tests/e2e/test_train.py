@@ -1,0 +1,179 @@
+"""Whole runs of a tiny random model: what they leave behind, and what happens when something goes wrong."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlbal.errors import DataError, RewardError, RunError, TrainingStopped
+from rlbal.recipe import Recipe, parse_recipe
+from rlbal.run import RunDirectory, read_jsonl
+from rlbal.train import train
+
+# What `metrics.jsonl` promises of every step, whatever the recipe.
+PROMISED = """step rollouts tokens_generated flops gpu_seconds loss grad_norm learning_rate
+    reward/first/mean reward/first/std reward/first/none reward/first/dead_groups weight/first
+    allocation/min allocation/max allocation/mean effective_gradient_ratio length/mean length/truncated
+    time/generate time/reward time/balance time/train""".split()
+
+REWARDS = '''
+import os, signal
+calls = 0
+def first(completions, **kwargs):
+    """Share of small letters."""
+    return [sum(c.islower() for c in text) / max(len(text), 1) for text in completions]
+def interrupting(completions, **kwargs):
+    """Presses Ctrl-C in the second batch."""
+    global calls
+    calls += 'trainer_state' in kwargs  # not when evaluating
+    if calls == 2 and 'trainer_state' in kwargs:
+        os.kill(os.getpid(), signal.SIGINT)
+    return [float(len(text) % 2) for text in completions]
+def breaking(completions, **kwargs):
+    """Raises in the second batch."""
+    global calls
+    calls += 'trainer_state' in kwargs  # not when evaluating
+    if calls == 2 and 'trainer_state' in kwargs:
+        raise KeyError("the unit table")
+    return [float(len(text) % 2) for text in completions]
+def needs_unit(completions, unit, **kwargs):
+    return [0.0 for _ in completions]
+'''
+
+
+def recipe_for(tmp_path: Path, function: str = "first", **trainer: Any) -> Recipe:
+    """A recipe on a local file with one reward of the file above."""
+    rows = [{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a in range(6) for b in range(6)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    return parse_recipe(
+        {
+            "output_dir": str(tmp_path / "run"),
+            "model": {"tiny": {"hidden_size": 32, "layers": 2, "heads": 2, "max_positions": 256}},
+            "data": {"source": "file", "path": str(tmp_path / "sums.jsonl"), "eval_size": 8},
+            "algorithm": {"rollouts_per_prompt": 4},
+            "rewards": {"functions": {"first": {"function": f"{tmp_path / 'my_rewards.py'}:{function}", "range": [0, 1]}}},
+            "evaluation": {"samples_per_prompt": 2, "pass_at": [1, 2], "every": 2, "greedy": True},
+            "trainer": {
+                "per_device_train_batch_size": 8,
+                "max_completion_length": 12,
+                "max_steps": 4,
+                "learning_rate": 1e-3,
+                "gradient_checkpointing": False,
+                "save_steps": 3,
+                **trainer,
+            },
+        }
+    )
+
+
+def steps(run: RunDirectory) -> list[int]:
+    return [record["step"] for record in read_jsonl(run.metrics_path)]
+
+
+def test_a_run_leaves_everything_it_promises(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path)
+    run = RunDirectory(train(recipe))
+
+    assert run.recipe() == recipe
+    records = list(read_jsonl(run.metrics_path))
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    for record in records:
+        assert not [key for key in PROMISED if not math.isfinite(record.get(key, math.nan))]
+    assert [record["rollouts"] for record in records] == [8, 16, 24, 32]
+    tokens = [record["tokens_generated"] for record in records]
+    assert tokens[0] == pytest.approx(8 * records[0]["length/mean"])
+    assert tokens == sorted(tokens) and records[-1]["flops"] > records[0]["flops"] > 0
+
+    evaluations = list(read_jsonl(run.evaluations_path))
+    assert [evaluation["step"] for evaluation in evaluations] == [0, 2, 4]
+    for evaluation in evaluations:
+        assert {"pass@1", "pass@2", "mean@2", "reward/first", "greedy/reward/first"} <= set(evaluation["metrics"])
+        assert {"rollouts", "tokens_generated", "flops", "gpu_seconds"} <= set(evaluation)
+    best = json.loads((run.path / "best.json").read_text())
+    scored = {evaluation["step"]: evaluation["metrics"]["pass@1"] for evaluation in evaluations if evaluation["step"]}
+    assert best["value"] == max(scored.values()) == scored[best["step"]]
+    assert (run.path / best["checkpoint"]) in run.checkpoints()
+
+    model = AutoModelForCausalLM.from_pretrained(run.model_path)
+    assert AutoTokenizer.from_pretrained(run.model_path)("4").input_ids
+    assert model.num_parameters() > 0
+
+    with pytest.raises(RunError, match="already holds a run"):
+        train(recipe)
+    train(recipe_for(tmp_path, max_steps=1), overwrite=True)
+    assert steps(run) == [1]
+
+
+def test_same_recipe_and_seed_give_the_same_metrics(tmp_path: Path) -> None:
+    def metrics(name: str) -> list[dict[str, Any]]:
+        (tmp_path / name).mkdir()
+        run = RunDirectory(train(recipe_for(tmp_path / name, max_steps=2)))
+        timed = ("time/", "gpu_seconds", "step_time")
+        return [
+            {key: value for key, value in record.items() if not key.startswith(timed)}
+            for record in read_jsonl(run.metrics_path)
+        ]
+
+    assert metrics("a") == metrics("b")
+
+
+def test_ctrl_c_saves_a_checkpoint_and_resume_goes_on(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, "interrupting")
+    run = RunDirectory(recipe.output_dir)
+    with pytest.raises(TrainingStopped, match=r"stopped after step 2[\s\S]*--resume"):
+        train(recipe)
+    assert run.latest_checkpoint().name == "checkpoint-2"
+    assert not run.model_path.exists()
+
+    train(run.recipe(), resume=True)
+    assert steps(run) == [1, 2, 3, 4]
+    assert [record["rollouts"] for record in read_jsonl(run.metrics_path)] == [8, 16, 24, 32]
+    assert run.model_path.is_dir()
+
+
+def test_resume_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    """A run that dies at step 4 with its last checkpoint at step 3 does step 4 again, once."""
+    recipe = recipe_for(tmp_path)
+    run = RunDirectory(train(recipe))
+    (run.path / "checkpoint-4" / "trainer_state.json").unlink()
+    train(recipe, resume=True)
+    assert steps(run) == [1, 2, 3, 4]
+    assert [evaluation["step"] for evaluation in read_jsonl(run.evaluations_path)] == [0, 2, 4]
+
+
+def test_a_reward_that_raises_stops_the_run_after_a_checkpoint(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, "breaking", save_steps=100)
+    run = RunDirectory(recipe.output_dir)
+    with pytest.raises(TrainingStopped, match=r"reward `first` failed[\s\S]*the unit table[\s\S]*--resume"):
+        train(recipe)
+    assert run.latest_checkpoint().name == "checkpoint-1"
+    train(recipe, resume=True)
+    assert steps(run) == [1, 2, 3, 4]
+
+
+def test_a_reward_whose_column_is_missing_is_refused_before_anything_is_generated(tmp_path: Path) -> None:
+    with pytest.raises(RewardError, match=r"`first` needs[\s\S]*`unit`"):
+        train(recipe_for(tmp_path, "needs_unit"))
+
+
+def test_too_few_prompts_for_one_batch(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="28 training prompts do not fill one generation batch of 64 prompts"):
+        train(recipe_for(tmp_path, per_device_train_batch_size=256))
+
+
+def test_resume_without_a_checkpoint_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"no checkpoint to resume from[\s\S]*--overwrite"):
+        train(recipe_for(tmp_path), resume=True)
+
+
+def test_lora_trains_and_its_folder_loads(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, max_steps=2)
+    recipe = recipe.model_copy(update={"lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}})
+    run = RunDirectory(train(recipe))
+    assert (run.model_path / "adapter_config.json").is_file()
+    assert AutoModelForCausalLM.from_pretrained(run.model_path).num_parameters() > 0
+    assert steps(run) == [1, 2]

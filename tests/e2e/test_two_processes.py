@@ -1,0 +1,69 @@
+"""Two real processes give what one gives with the same global batch, on scripted rollouts."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tests/e2e/scripted_run.py"
+# Cumulative wall time, and what TRL takes per process before it averages.
+TIMES = ("time/", "gpu_seconds", "step_time")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run(folder: Path, loss: str, processes: int) -> list[dict[str, Any]]:
+    """Train with 16 rows over all processes; what each process saw."""
+    folder.mkdir()
+    words = [str(SCRIPT), str(folder), loss, str(16 // processes)]
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu_2proc.yaml"]
+    launcher += ["--main_process_port", str(free_port())]
+    command = [sys.executable, *(launcher if processes == 2 else []), *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
+
+
+def close(mine: Any, theirs: Any, tolerance: float) -> bool:
+    return mine == theirs or abs(mine - theirs) <= tolerance * max(1.0, abs(theirs))
+
+
+@pytest.mark.parametrize("loss", ["dapo", "cispo", "vespo"])
+def test_two_processes_equal_one(loss: str, tmp_path: Path) -> None:
+    (one,) = run(tmp_path / "one", loss, 1)
+    two = run(tmp_path / "two", loss, 2)
+    for rank in two:
+        # Several configurations only look like two processes.
+        assert rank["num_processes"] == 2
+        assert rank["distributed_type"] == "MULTI_CPU" or rank["distributed_type"] == "MULTI_GPU"
+        assert rank["wrapped"] == "DistributedDataParallel"
+    assert two[0]["moved"] == two[1]["moved"]
+    assert two[0]["advantages"] == two[1]["advantages"]
+    assert max(map(abs, one["advantages"])) > 0.1
+    assert two[0]["advantages"] == pytest.approx(one["advantages"], abs=1e-5)
+
+    largest = max(map(abs, one["moved"]))
+    assert largest > 1e-4
+    difference = max(abs(a - b) for a, b in zip(one["moved"], two[0]["moved"], strict=True))
+    assert difference < 1e-5 * max(largest, 1.0)
+
+    assert len(one["metrics"]) == len(two[0]["metrics"]) == 3
+    for mine, theirs in zip(two[0]["metrics"], one["metrics"], strict=True):
+        assert set(mine) == set(theirs)
+        different = {
+            key: (mine[key], theirs[key])
+            for key in mine
+            if not key.startswith(TIMES) and not close(mine[key], theirs[key], 1e-4)
+        }
+        assert not different

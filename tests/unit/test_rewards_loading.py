@@ -1,0 +1,91 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlbal.errors import RewardError
+from rlbal.recipe import RewardSpec, RewardsSection
+from rlbal.rewards.loading import check_columns, check_spec, load_function, required_columns
+
+HERE = Path(__file__).parent
+HOSTILE = str(HERE / "hostile_rewards.py")
+
+
+def spec(function: str, **rest: Any) -> RewardSpec:
+    return RewardSpec.model_validate({"function": function, **rest})
+
+
+def test_a_module_and_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text("def one(completions, **kwargs):\n    return [1.0] * len(completions)\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_function("a", "mine.py:one")(completions=["x", "y"]) == [1.0, 1.0]
+    assert load_function("a", f"{tmp_path}/mine.py:one") is load_function("b", "mine.py:one")
+    assert load_function("c", "reward_fns.length:band").__name__ == "band"
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("no_such_module_at_all:f", "no module `no_such_module_at_all`"),
+        ("reward_fns.lenght:band", "no module `reward_fns.lenght`"),
+        ("reward_fns.length:bnad", "Did you mean `band`"),
+        ("no/such/file.py:f", "no file"),
+        (f"{HERE}/hostile_reward.py:f", "Did you mean `.*hostile_rewards.py`"),
+        (f"{HOSTILE}:NOT_A_FUNCTION", "is a int, not a function"),
+    ],
+)
+def test_what_cannot_be_loaded(path: str, message: str) -> None:
+    with pytest.raises(RewardError, match=message) as caught:
+        load_function("good", path)
+    assert "reward `good`" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import no_such_dependency", "ModuleNotFoundError: No module named 'no_such_dependency'"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("def f(:", "SyntaxError"),
+    ],
+)
+def test_imports_that_fail_say_why(tmp_path: Path, code: str, message: str) -> None:
+    (tmp_path / "broken.py").write_text(code)
+    with pytest.raises(RewardError, match=message):
+        load_function("broken", f"{tmp_path}/broken.py:f")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (spec("reward_fns.length:band", args={"target_token": 5}), "Did you mean `target_tokens`"),
+        (spec("reward_fns.length:band", args={"completion_ids": 5}), "no such argument"),
+        (spec("reward_fns.reasoning_gym:score", rowwise=True, args={"unsafe": True}), "beside `args`"),
+        (spec(f"{HOSTILE}:wants_state", rowwise=True), "asks for `trainer_state`"),
+        (spec("reward_fns.accuracy:math_correct"), "rewards.functions.mine.rowwise: true"),
+        (spec("reward_fns.reasoning_gym:score"), "rewards.functions.mine.rowwise: true"),
+        (spec(f"{HOSTILE}:run_code", unsafe=True), "rewards.functions.mine.rowwise: true"),
+    ],
+)
+def test_entries_that_do_not_fit_their_function(entry: RewardSpec, message: str) -> None:
+    with pytest.raises(RewardError, match=message):
+        check_spec("mine", entry, load_function("mine", entry.function))
+
+
+def test_required_columns() -> None:
+    matches = spec(f"{HOSTILE}:matches")
+    function = load_function("m", matches.function)
+    assert required_columns(matches, function) == ("answer",)
+    assert required_columns(spec(f"{HOSTILE}:matches", args={"answer": ["4"]}), function) == ()
+    score = spec("reward_fns.reasoning_gym:score", rowwise=True)
+    assert required_columns(score, load_function("s", score.function)) == ("question", "answer", "metadata")
+    assert required_columns(score, load_function("s", "reward_fns.length:band")) == ()
+    assert required_columns(score, load_function("s", f"{HOSTILE}:wants_state")) == ()
+
+
+def test_missing_columns_name_reward_and_column() -> None:
+    section = RewardsSection.model_validate({"functions": {"right": {"function": f"{HOSTILE}:matches"}}})
+    functions = {"right": load_function("right", f"{HOSTILE}:matches")}
+    check_columns(section, functions, ["prompt", "answer"])
+    with pytest.raises(RewardError, match="reward `right` needs column `answer`; the dataset has `prompt`, `solution`"):
+        check_columns(section, functions, ["solution", "prompt"])
