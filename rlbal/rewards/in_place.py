@@ -30,7 +30,7 @@ def call(
             return outcomes(function(), N, bounds)
     except InPlaceTimeout:
         return [_too_slow(N, seconds)] * N
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return [Fault("raised", f"raised {type(error).__name__}: {error}")] * N
 
 
@@ -41,7 +41,7 @@ async def call_async(
     try:
         async with asyncio.timeout(seconds) as limit:
             return outcomes(await function(), N, bounds)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if limit.expired():
             return [_too_slow(N, seconds)] * N
         return [Fault("raised", f"raised {type(error).__name__}: {error}")] * N

@@ -26,11 +26,12 @@ from typing import Any, Literal
 
 from rlbal.errors import RewardError
 from rlbal.rewards.outcomes import Fault, Outcome, outcomes
-from rlbal.rewards.worker import LARGEST_ANSWER
+from rlbal.rewards.worker import LARGEST_ANSWER, MESSAGE_LENGTH
 
 logger = logging.getLogger(__name__)
 
 STARTUP_SECONDS = 120.0
+FAULTS_OF_WORKERS = ("raised", "died", "nan", "infinite", "wrong_count", "not_a_number")
 # Nothing else of the trainer's environment reaches a worker: it holds tokens.
 PASSED_ON = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "TZ")
 
@@ -85,6 +86,7 @@ class Worker:
         try:
             answer = self._exchange(self._setup, STARTUP_SECONDS)
         except WorkerLost as lost:
+            self.kill()
             why = f"its imports took over {STARTUP_SECONDS:g} s" if lost.reason == "timeout" else f"it {lost}"
             raise RewardError("a reward worker did not start", why, "try the import in a shell") from None
         if "ready" not in answer:
@@ -93,11 +95,12 @@ class Worker:
         self.missing = list(answer["ready"])
 
     def score(self, job: Job) -> Outcome:
-        """Score one row; whatever happens to the worker costs that row alone."""
-        try:
-            self.start()
-        except RewardError as error:
-            return Fault("died", f"could not be run: {error}")
+        """Score one row; whatever that does to the worker costs this row alone.
+
+        Raises:
+            RewardError: the worker cannot be started.
+        """
+        self.start()
         token = secrets.token_hex(8)
         try:
             answer = self._exchange(f"{token} {job.request}\n".encode(), job.timeout)
@@ -152,15 +155,18 @@ class Worker:
 
 
 def _read_answer(answer: dict[str, Any], token: str, bounds: tuple[float, float] | None) -> Outcome:
-    fault = answer.get("fault")
-    if answer.get("token") != token or not ("score" in answer or isinstance(fault, list)):
-        raise WorkerLost("died", "made its worker send an answer to another question")
-    if fault is None:
-        return outcomes([answer["score"]], 1, bounds)[0]
-    reason, message = (*map(str, fault), "", "")[:2]
-    if reason not in ("raised", "died", "nan", "infinite", "wrong_count", "not_a_number"):
-        raise WorkerLost("died", "made its worker send an unreadable answer")
-    return Fault(reason, message)  # type: ignore[arg-type]
+    """What a worker said about a row.
+
+    Raises:
+        WorkerLost: it is not an answer to this question; whoever sent it is not to be asked again.
+    """
+    match answer:
+        case {"token": str(said), "score": score} if said == token:
+            return outcomes([score], 1, bounds)[0]
+        case {"token": str(said), "fault": [reason, str(message)]} if said == token and reason in FAULTS_OF_WORKERS:
+            shown = message[:MESSAGE_LENGTH]  # it ends on terminals, and a completion may have written it
+            return Fault(reason, "".join(one if one.isprintable() or one == "\n" else "?" for one in shown))
+    raise WorkerLost("died", "made its worker send an unreadable answer")
 
 
 def worker_environment(folder: str) -> dict[str, str]:
@@ -206,7 +212,7 @@ class WorkerPool:
     def score(self, jobs: list[Job]) -> list[Outcome]:
         """Score the jobs on all workers at once; the results are in their order."""
         waiting = deque(enumerate(jobs))
-        results: list[Outcome] = [None] * len(jobs)
+        results: list[Outcome] = [Fault("died", "could not be run: no worker could be started")] * len(jobs)
 
         def serve(worker: Worker) -> None:
             while waiting:
@@ -214,7 +220,11 @@ class WorkerPool:
                     index, job = waiting.popleft()
                 except IndexError:  # another thread took the last one
                     return
-                results[index] = worker.score(job)
+                try:
+                    results[index] = worker.score(job)
+                except RewardError as error:
+                    results[index] = Fault("died", f"could not be run: {error}")
+                    return  # the other workers, if any, go on; trying again for every row could take hours
 
         self._on_workers(min(len(jobs), len(self._workers)), serve, waiting)
         return results

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from reward_fns.accuracy import exact_match, math_correct
@@ -24,7 +26,7 @@ from reward_fns.accuracy import exact_match, math_correct
         ("The total is 12.", "12"),
     ],
 )
-def test_equal_answers(completion, gold: str) -> None:
+def test_equal_answers(completion: Any, gold: str) -> None:
     conversation = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
     assert math_correct([completion, conversation], answer=[gold, gold]) == [1.0, 1.0]
 

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from reward_fns.length import band, conciseness, triangular
@@ -25,7 +27,7 @@ def test_the_column_wins_over_the_argument() -> None:
 
 
 @pytest.mark.parametrize("function", [triangular, band])
-def test_a_target_is_needed(function) -> None:
+def test_a_target_is_needed(function: Any) -> None:
     with pytest.raises(RewardError, match="target_tokens"):
         function(["a"], [[1]])
     with pytest.raises(RewardError, match="at least 1"):

@@ -83,7 +83,7 @@ def rows_of(task: str, **config: Any) -> list[dict[str, Any]]:
     return [dataset[index] for index in range(3)]
 
 
-def columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+def columns(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "question": [row["question"] for row in rows],
         "answer": [row["answer"] for row in rows],
@@ -118,7 +118,7 @@ def test_unsafe_tasks_are_refused_unless_allowed() -> None:
 def test_a_task_is_scored_with_the_options_it_was_made_with() -> None:
     # decimal_arithmetic accepts an error of one unit in the last place: 0.001 with its default of 3, 0.01 with 2.
     row = {"question": "?", "answer": "1.500", "metadata": json.dumps({"source_dataset": "decimal_arithmetic"})}
-    given = {key: [value] for key, value in row.items()}
+    given: dict[str, Any] = {key: [value] for key, value in row.items()}
     assert score(["<answer>1.51</answer>"], **given) == [0.0]
     configs = {"decimal_arithmetic": {"min_num_decimal_places": 2, "max_num_decimal_places": 2}}
     assert score(["<answer>1.51</answer>"], configs=configs, **given) == [1.0]

@@ -18,6 +18,8 @@ import pytest
 
 from rlbal.errors import RewardError
 from rlbal.recipe import RewardsSection
+from rlbal.rewards.outcomes import Fault
+from rlbal.rewards.sandbox import WorkerLost, _read_answer
 from rlbal.rewards.suite import RewardSuite
 
 HOSTILE = str(Path(__file__).parent / "hostile_rewards.py")
@@ -158,26 +160,57 @@ def test_printing_is_harmless(suite: RewardSuite) -> None:
 @pytest.mark.parametrize(
     "reply",
     [
-        b"garbage\n",
-        b"[" * 50_000 + b"\n",
-        b"\xff\xfe\n",
-        b'{"token": "0123456789abcdef", "score": 1.0}\n',
-        b'{"fault": ["timeout", 3, 4]}\n',
-        b"x" * 10**6 + b"\n",
+        r"b'garbage\n'",
+        r"b'[' * 50_000 + b'\n'",
+        r"b'\xff\xfe\n'",
+        r"""b'{"token": "0123456789abcdef", "score": 1.0}\n'""",
+        r"""b'{"fault": ["timeout", 3, 4]}\n'""",
+        "b'x' * 10**8",
     ],
-    ids=["garbage", "deep", "not-utf8", "forged", "misshapen", "oversize"],
+    ids=["garbage", "deep", "not-utf8", "forged", "misshapen", "endless"],
 )
-def test_meddling_with_the_answer_channel_costs_one_row(suite: RewardSuite, reply: bytes) -> None:
+def test_meddling_with_the_answer_channel_costs_one_row(suite: RewardSuite, reply: str) -> None:
     code = f"""
         import os
+        reply = memoryview({reply})
         for fd in range(3, 32):
             try:
-                os.write(fd, {reply[:1]!r} * {len(reply) - 1} + b"\\n" if {len(reply)} > 1000 else {reply!r})
+                while reply:
+                    reply = reply[os.write(fd, reply[:65536]):]
             except OSError:
                 pass
         score = 1.0
     """
     assert outcome(suite, code) == (None, "died")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {},
+        {"token": "other", "score": 1.0},
+        {"token": ["t"], "score": 1.0},
+        {"token": "t"},
+        {"token": "t", "fault": 3},
+        {"token": "t", "fault": ["raised"]},
+        {"token": "t", "fault": ["raised", 3]},
+        {"token": "t", "fault": [["raised"], "x"]},
+        {"token": "t", "fault": ["skipped", "x"]},
+    ],
+)
+def test_answers_that_no_worker_would_give(answer: dict[str, Any]) -> None:
+    with pytest.raises(WorkerLost, match="unreadable"):
+        _read_answer(answer, "t", None)
+
+
+def test_answers_are_judged_again_and_cleaned() -> None:
+    assert _read_answer({"token": "t", "score": 0.5}, "t", (0, 1)) == 0.5
+    for score, reason in ((2.0, "out_of_range"), (float("nan"), "nan"), ("1", "not_a_number"), ([1], "not_a_number")):
+        judged = _read_answer({"token": "t", "score": score}, "t", (0, 1))
+        assert isinstance(judged, Fault) and judged.reason == reason
+    fault = _read_answer({"token": "t", "fault": ["raised", "a\x1b[2J\ud800é" + "x" * 9999]}, "t", None)
+    assert isinstance(fault, Fault)
+    assert fault.message.startswith("a?[2J?éx") and len(fault.message) == 1000
 
 
 @pytest.mark.parametrize(
@@ -213,7 +246,7 @@ def test_deep_latex_and_powers_do_not_stop_math_correct() -> None:
         "<answer>9**9**9**9</answer>",
         "<answer>9^{9^{9^{9}}}</answer>",
     ]
-    with suite_of({"math": {"function": "reward_fns.accuracy:math_correct", "rowwise": True}}, timeout=2) as made:
+    with suite_of({"math": {"function": "reward_fns.accuracy:math_correct", "rowwise": True}}) as made:
         completions = [*bombs, "<answer>4</answer>"]
         columns = {"answer": ["4"] * len(completions)}
         scores = made.score(["?"] * len(completions), completions, [[1]] * len(completions), columns)[:, 0]
@@ -225,7 +258,7 @@ def test_deep_latex_and_powers_do_not_stop_math_correct() -> None:
 def test_a_power_bomb_for_countdown_costs_one_time_limit() -> None:
     entry = {"function": "reward_fns.reasoning_gym:score", "rowwise": True, "unsafe": True}
     metadata = json.dumps({"source_dataset": "countdown", "numbers": [2, 3], "target": 5})
-    with suite_of({"right": entry}, timeout=2) as made:
+    with suite_of({"right": entry}) as made:
         completions = ["<answer>2 + 3</answer>", "<answer>9**9**9**9</answer>", "<answer>3 + 2</answer>"]
         columns = {"question": ["?"] * 3, "answer": ["2 + 3"] * 3, "metadata": [metadata] * 3}
         scores = made.functions[0](prompts=["?"] * 3, completions=completions, completion_ids=[[1]] * 3, **columns)
@@ -272,8 +305,13 @@ def test_an_import_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("PWD_OF_TRAINER", "set here only")
     monkeypatch.setattr("rlbal.rewards.sandbox.STARTUP_SECONDS", 1.0)
     slow = {"function": f"{reward}:f", "rowwise": True}
-    with suite_of({"slow": slow}) as made, pytest.raises(RewardError, match=r"did not start(.|\n)*took over 1 s"):
-        made.start()
+    with suite_of({"slow": slow}) as made:
+        with pytest.raises(RewardError, match=r"did not start(.|\n)*took over 1 s"):
+            made.start()
+        # Given up for the whole batch, not tried again for every row.
+        assert made.functions[0](prompts=["?"] * 50, completions=["x"] * 50, completion_ids=[[1]] * 50) == [None] * 50
+        (failure,) = made.take_failures()
+        assert (failure.reason, failure.count) == ("died", 50) and "took over 1 s" in failure.example
 
 
 def test_closing_ends_the_workers_and_their_folder() -> None:
@@ -286,16 +324,19 @@ def test_closing_ends_the_workers_and_their_folder() -> None:
     assert not Path(f"/proc/{pid}").exists() and not folder.exists()
 
 
-def test_workers_end_when_the_trainer_is_killed(tmp_path: Path) -> None:
+def test_busy_workers_end_when_the_trainer_is_killed(tmp_path: Path) -> None:
     code = f"""
-        import time
-        import tempfile
+        import tempfile, threading, time
         from rlbal.recipe import RewardsSection
         from rlbal.rewards.suite import RewardSuite
         tempfile.tempdir = {str(tmp_path)!r}
         entry = {{"function": {HOSTILE!r} + ":run_code", "rowwise": True}}
-        suite = RewardSuite(RewardsSection.model_validate({{"functions": {{"code": entry}}, "workers": 1}}))
+        section = {{"functions": {{"code": entry}}, "workers": 1, "timeout": 60}}
+        suite = RewardSuite(RewardsSection.model_validate(section))
         suite.start()
+        row = dict(prompts=["?"], completions=["while True: pass"], completion_ids=[[1]])
+        threading.Thread(target=suite.functions[0], kwargs=row, daemon=True).start()
+        time.sleep(0.5)
         print(suite._pools[False]._workers[0]._process.pid, flush=True)
         time.sleep(60)
     """

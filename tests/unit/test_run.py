@@ -1,0 +1,223 @@
+"""The run directory: never deletes what is not ours, and reads back only what was written whole."""
+
+import json
+import math
+import os
+
+import pytest
+
+from rlbal.errors import RunError
+from rlbal.run import MARKER, STATE, RunDirectory, append_jsonl, read_jsonl, to_json, write_whole
+from tests.small_recipe import small
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = RunDirectory(tmp_path / "runs" / "one")
+    run.start(small())
+    return run
+
+
+def checkpoint(run, name, files=(STATE, "trainer_state.json")):
+    folder = run.path / name
+    folder.mkdir()
+    for file in files:
+        (folder / file).write_text("{}")
+    return folder
+
+
+# Starting and overwriting
+
+
+def test_a_run_remembers_its_recipe(run):
+    assert run.is_run and run.recipe() == small()
+
+
+def test_an_empty_folder_may_be_used(tmp_path):
+    RunDirectory(tmp_path).start(small())
+    assert (tmp_path / MARKER).is_file()
+
+
+def test_a_second_run_is_refused(run):
+    append_jsonl(run.metrics_path, {"step": 1})
+    with pytest.raises(RunError) as caught:
+        run.start(small())
+    assert str(caught.value) == (
+        f"{run.path} already holds a run\n"
+        "Fix: continue it with --resume, start afresh with --overwrite, or choose another `output_dir`"
+    )
+    assert list(read_jsonl(run.metrics_path)) == [{"step": 1}]
+
+
+def test_overwrite_starts_afresh(run):
+    checkpoint(run, "checkpoint-5")
+    append_jsonl(run.metrics_path, {"step": 1})
+    run.start(small("seed=3"), overwrite=True)
+    assert sorted(path.name for path in run.path.iterdir()) == [MARKER, "recipe.yaml"]
+    assert run.recipe().seed == 3
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_without_our_marker_is_never_deleted(tmp_path, overwrite):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(RunError) as caught:
+        RunDirectory(tmp_path).start(small(), overwrite)
+    assert str(caught.value) == (
+        f"{tmp_path} exists and is not a run of rlbal\n"
+        f"Why: it has no {MARKER} file, so it will not be deleted, with or without --overwrite\n"
+        "Fix: choose another `output_dir`, or remove it yourself"
+    )
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_in_the_way_is_never_deleted(tmp_path, overwrite):
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(RunError, match="exists and is not a run of rlbal"):
+        RunDirectory(tmp_path / "file").start(small(), overwrite)
+    assert (tmp_path / "file").read_text() == "text"
+
+
+def test_overwrite_follows_no_links_out_of_the_run(run, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "precious").write_text("kept")
+    (run.path / "data").symlink_to(tmp_path / "data")
+    run.start(small(), overwrite=True)
+    assert not (run.path / "data").exists()
+    assert (tmp_path / "data" / "precious").read_text() == "kept"
+
+
+def test_overwrite_of_a_run_behind_a_link_keeps_the_link(run, tmp_path):
+    (tmp_path / "link").symlink_to(run.path)
+    append_jsonl(run.metrics_path, {"step": 1})
+    RunDirectory(tmp_path / "link").start(small("seed=4"), overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert run.recipe().seed == 4 and not run.metrics_path.exists()
+
+
+def test_the_marker_goes_last_so_that_a_cut_off_deletion_can_be_repeated(run, monkeypatch):
+    checkpoint(run, "checkpoint-5")
+    checkpoint(run, "checkpoint-6")
+
+    def full(path, *args, **kwargs):
+        raise PermissionError(f"cannot delete {path}")
+
+    monkeypatch.setattr("shutil.rmtree", full)
+    with pytest.raises(RunError) as caught:
+        run.start(small(), overwrite=True)
+    assert str(caught.value).startswith(f"cannot write a run to {run.path}\nWhy: cannot delete ")
+    monkeypatch.undo()
+    run.start(small(), overwrite=True)
+    assert run.checkpoints() == []
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    run = RunDirectory(tmp_path / "file" / "run")
+    with pytest.raises(RunError, match=r"cannot write a run to .*file/run\nWhy: .*\nFix: choose another `output_dir`"):
+        run.start(small())
+
+
+def test_no_recipe_outside_a_run(tmp_path):
+    with pytest.raises(RunError, match=rf"{tmp_path} is not a run of rlbal\nWhy: it has no {MARKER} file"):
+        RunDirectory(tmp_path).recipe()
+
+
+# Checkpoints
+
+
+def test_checkpoints_are_ordered_by_step_and_whole(run):
+    ten, two = checkpoint(run, "checkpoint-10"), checkpoint(run, "checkpoint-2")
+    checkpoint(run, "checkpoint-30", files=(STATE,))
+    checkpoint(run, "checkpoint-40", files=("trainer_state.json",))
+    checkpoint(run, "checkpoint-50-old")
+    checkpoint(run, "checkpoint-best")
+    assert run.checkpoints() == [two, ten]
+    assert run.latest_checkpoint() == ten
+
+
+def test_nothing_to_resume_from(run):
+    checkpoint(run, "checkpoint-1", files=())
+    with pytest.raises(RunError) as caught:
+        run.latest_checkpoint()
+    assert str(caught.value) == (
+        f"{run.path} has no checkpoint to resume from\n"
+        "Fix: start afresh with --overwrite; `trainer.save_steps` says how often checkpoints are written"
+    )
+
+
+def test_rewind_forgets_later_steps_and_keeps_earlier(run):
+    for step in (1, 2, 3, 4):
+        append_jsonl(run.metrics_path, {"step": step, "loss": step / 2})
+    for step in (0, 4):
+        append_jsonl(run.evaluations_path, {"step": step})
+    run.rewind(2)
+    assert list(read_jsonl(run.metrics_path)) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}]
+    assert list(read_jsonl(run.evaluations_path)) == [{"step": 0}]
+
+
+def test_rewind_without_records_is_nothing(run):
+    run.rewind(2)
+    assert not run.metrics_path.exists()
+
+
+# Records
+
+
+def test_json_has_no_nan_or_infinity():
+    record = {
+        "a": math.nan,
+        "b": [1.5, -math.inf, (math.inf,)],
+        "c": {"d": math.nan, "e": "NaN"},
+        "f": True,
+        "g": 10**20,
+    }
+    assert to_json(record) == (
+        '{"a": null, "b": [1.5, null, [null]], "c": {"d": null, "e": "NaN"}, "f": true, "g": 100000000000000000000}'
+    )
+
+
+@pytest.mark.parametrize("text", ["é 日本", "line\nbreak\r\u2028\x85", '"\\', "half a pair: \ud800"])
+def test_any_text_survives_a_file(tmp_path, text):
+    append_jsonl(tmp_path / "x.jsonl", {"text": text})
+    assert list(read_jsonl(tmp_path / "x.jsonl")) == [{"text": text}]
+
+
+def test_a_last_line_cut_off_by_a_crash_is_left_out(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n{"text": "\xc3')
+    assert list(read_jsonl(path)) == [{"step": 1}, {"step": 2}]
+
+
+def test_rewind_repairs_a_cut_off_line(run):
+    append_jsonl(run.metrics_path, {"step": 1})
+    with run.metrics_path.open("a") as file:
+        file.write('{"step": 2, "lo')
+    run.rewind(1)
+    append_jsonl(run.metrics_path, {"step": 2})
+    assert list(read_jsonl(run.metrics_path)) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(RunError, match=r"x.jsonl, line 2 is not JSON\nWhy: Expecting value.*\nFix: remove it"):
+        list(read_jsonl(path))
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, broken):
+    path = tmp_path / "state.json"
+    write_whole(path, json.dumps({"step": 1}))
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(*((os, "fsync", fail) if broken == "fsync" else (type(path), "replace", fail)))
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(path, json.dumps({"step": 2}) * 1000)
+    assert json.loads(path.read_text()) == {"step": 1}
+    monkeypatch.undo()
+    write_whole(path, json.dumps({"step": 3}))
+    assert json.loads(path.read_text()) == {"step": 3}
