@@ -10,24 +10,8 @@ from reasoning_gym.factory import DATASETS
 
 from reward_fns._text import Completion, completion_text, last_answer, must_sandbox
 from rlbal.errors import RewardError, nearest
+from rlbal.rewards.gym_tasks import UNSAFE_TASKS
 
-# Scorers that run text as Python code: the completion itself with `eval` or sympy's `parse_expr` (which evals), or,
-# in bitwise_arithmetic and number_sorting, text of the dataset. A test compares this with the installed package.
-UNSAFE_TASKS = frozenset(
-    {
-        "binary_matrix",
-        "bitwise_arithmetic",
-        "countdown",
-        "intermediate_integration",
-        "n_queens",
-        "number_sorting",
-        "polynomial_multiplication",
-        "puzzle24",
-        "simple_integration",
-        "spiral_matrix",
-        "string_insertion",
-    }
-)
 # Tasks whose scorers compare `metadata["output"]` with a tuple of tuples, which JSON turns into lists.
 GRID_TASKS = frozenset({"arc_agi", "rearc"})
 

@@ -103,9 +103,7 @@ def check_recipe(recipe: Recipe, name: str = "recipe") -> Report:
     return report
 
 
-def _bind(
-    recipe: Recipe, report: Report, say: Callable[[Status, str], None]
-) -> "tuple[GRPOConfig, BatchPlan]":
+def _bind(recipe: Recipe, report: Report, say: Callable[[Status, str], None]) -> "tuple[GRPOConfig, BatchPlan]":
     from rlbal.launch import accelerate_config
     from rlbal.model import lora_config
     from rlbal.trainer_args import bind_trainer
@@ -133,9 +131,7 @@ def _load_data(recipe: Recipe, plan: "BatchPlan", say: Callable[[Status, str], N
     return data
 
 
-def _load_rewards(
-    recipe: Recipe, data: "PromptData | None", say: Callable[[Status, str], None]
-) -> "RewardSuite":
+def _load_rewards(recipe: Recipe, data: "PromptData | None", say: Callable[[Status, str], None]) -> "RewardSuite":
     from rlbal.rewards.suite import RewardSuite
 
     suite = RewardSuite(recipe.rewards)
@@ -195,7 +191,12 @@ def _check_lengths(
 
 
 def _estimate(
-    recipe: Recipe, args: "GRPOConfig", plan: "BatchPlan", model: Any, report: Report, say: Callable[[Status, str], None]
+    recipe: Recipe,
+    args: "GRPOConfig",
+    plan: "BatchPlan",
+    model: Any,
+    report: Report,
+    say: Callable[[Status, str], None],
 ) -> None:
     from peft import get_peft_model
 
@@ -302,14 +303,27 @@ def _probe(
     k = suite.names.index(recipe.rewards.success_name)
     spread = np.ptp(np.nan_to_num(rewards_PGK[:, :, k], nan=0.0), axis=1)
     dead = float(np.mean(spread == 0))
-    means = {name: float(np.nanmean(column)) for name, column in zip(suite.names, rewards_NK.T, strict=True) if not np.isnan(column).all()}
+    means = {
+        name: float(np.nanmean(column))
+        for name, column in zip(suite.names, rewards_NK.T, strict=True)
+        if not np.isnan(column).all()
+    }
     report.figures["probe"] = {"rollouts": len(flat), "truncated": truncated, "dead_groups": dead, "means": means}
     listed = ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
-    say("ok", f"{len(flat)} rollouts of {len(samples)} prompts: {listed}; truncated {truncated:.0%}, dead groups {dead:.0%}")
+    say(
+        "ok",
+        f"{len(flat)} rollouts of {len(samples)} prompts: {listed}; truncated {truncated:.0%}, dead groups {dead:.0%}",
+    )
     if truncated > HIGH_TRUNCATION:
-        say("warning", f"{truncated:.0%} of completions are cut off: raise `trainer.max_completion_length`, or the reward may never be reached")
+        say(
+            "warning",
+            f"{truncated:.0%} of completions are cut off: raise `trainer.max_completion_length`, or the reward may never be reached",
+        )
     if dead == 1.0:
-        say("warning", f"every group scores the same on `{recipe.rewards.success_name}`: there is nothing to learn from yet; try an easier mix, more rollouts, or a better start")
+        say(
+            "warning",
+            f"every group scores the same on `{recipe.rewards.success_name}`: there is nothing to learn from yet; try an easier mix, more rollouts, or a better start",
+        )
     reason = verdict(suite.take_failures(), len(flat), recipe.rewards)
     if reason is not None:
         say("problem", reason)

@@ -52,6 +52,4 @@ def launch(
     recipe: Path, overrides: list[str], options: list[str], accelerate: str | None, num_processes: int | None
 ) -> int:
     """Run `launch_command` and return its exit status."""
-    return subprocess.run(
-        launch_command(recipe, overrides, options, accelerate, num_processes), check=False
-    ).returncode
+    return subprocess.run(launch_command(recipe, overrides, options, accelerate, num_processes), check=False).returncode

@@ -229,9 +229,8 @@ def find_recipe(path: str | Path) -> Path:
         if found.is_file():
             return found
     shipped = [recipe.relative_to(home).as_posix() for recipe in shipped_dir("recipes").glob("**/*.yaml")]
-    raise RecipeError(
-        f"no recipe at {path}", fix=f"{nearest(str(path), shipped)} `rlbal recipes` lists those shipped".strip()
-    )
+    hint = nearest(str(path), shipped) or "`rlbal recipes` lists those shipped"
+    raise RecipeError(f"no recipe at {path}", fix=hint)
 
 
 def read_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

@@ -47,6 +47,12 @@ class RunDirectory:
     def is_run(self) -> bool:
         return (self.path / MARKER).is_file()
 
+    @property
+    def has_results(self) -> bool:
+        """Whether anything was recorded or saved; a run that failed before its first step has nothing to lose."""
+        saved = [self.metrics_path, self.evaluations_path, self.model_path, *self.path.glob("checkpoint-*")]
+        return any(path.exists() for path in saved)
+
     def check_free(self, overwrite: bool = False) -> None:
         """See whether a new run may start here; changes nothing.
 
@@ -61,7 +67,7 @@ class RunDirectory:
                 why=f"it has no {MARKER} file, so it will not be deleted, with or without --overwrite",
                 fix="choose another `output_dir`, or remove it yourself",
             )
-        if not overwrite:
+        if not overwrite and self.has_results:
             raise RunError(
                 f"{self.path} already holds a run",
                 fix="continue it with --resume, start afresh with --overwrite, or choose another `output_dir`",

@@ -18,26 +18,23 @@ from rlbal.recipe import Recipe, read_recipe
 from rlbal.run import STATE, RunDirectory, read_jsonl
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import GRPOConfig
 
+    from rlbal.prompts.data import PromptData
     from rlbal.rewards.suite import RewardSuite
     from rlbal.trainer_args import BatchPlan
     from rlbal.trainers.grpo import BalancedGRPOTrainer
 
 
-@dataclass
-class Parts:
-    """Everything a trainer is made of."""
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is made of before there is a run directory or a model."""
 
     recipe: Recipe
     args: "GRPOConfig"
     plan: "BatchPlan"
-    model: "PreTrainedModel"
-    tokenizer: "PreTrainedTokenizerBase"
-    rows: "Dataset"
-    eval_rows: "Dataset | None"
+    data: "PromptData"
     suite: "RewardSuite"
 
 
@@ -70,10 +67,55 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
             fix="on CPUs launch with accelerate_configs/cpu_2proc.yaml",
         )
     run = RunDirectory(recipe.output_dir)
-    everyone = args.distributed_state
     checkpoint = run.latest_checkpoint() if resume else None
-    if not resume:
+    if checkpoint is None:
         run.check_free(overwrite)
+    try:
+        inputs = load_inputs(recipe, args, plan)
+        with inputs.suite:
+            _claim(run, recipe, args, checkpoint, overwrite)
+            trainer = build_trainer(inputs, run, console, start_evaluation=checkpoint is None)
+            _train(trainer, run, checkpoint, console)
+        if args.distributed_state.is_main_process:
+            _summarise(run, console)
+    finally:
+        # gloo aborts the interpreter at exit if its threads are still running.
+        args.distributed_state.destroy_process_group()
+    return run.path
+
+
+def load_inputs(recipe: Recipe, args: "GRPOConfig", plan: "BatchPlan") -> Inputs:
+    """Load data and rewards, and check that they fit together and fill a batch.
+
+    Raises:
+        RlbalError: what does not load or does not fit.
+    """
+    from rlbal.model import lora_config
+    from rlbal.prompts.data import load_data
+    from rlbal.rewards.suite import RewardSuite
+
+    lora_config(recipe)
+    data = load_data(recipe.data, recipe.seed)
+    if len(data.train) < plan.prompts:
+        raise DataError(
+            f"{len(data.train)} training prompts do not fill one generation batch of {plan.prompts} prompts",
+            why=plan.explain(),
+            fix="use more data (`data`), smaller batches (`trainer.per_device_train_batch_size`) or more "
+            "`algorithm.rollouts_per_prompt`",
+        )
+    suite = RewardSuite.for_recipe(recipe)
+    suite.check_columns(data.train.column_names)
+    suite.start()
+    if args.distributed_state.is_main_process:
+        print(plan.explain(), file=sys.stderr)
+        for note in data.notes:
+            print(f"note: {note}", file=sys.stderr)
+    return Inputs(recipe, args, plan, data, suite)
+
+
+def _claim(run: RunDirectory, recipe: Recipe, args: "GRPOConfig", checkpoint: Path | None, overwrite: bool) -> None:
+    """Make the run directory, or take up the one that is there; the main process does it, the others wait."""
+    everyone = args.distributed_state
     everyone.wait_for_everyone()
     if everyone.is_main_process:
         if checkpoint is None:
@@ -81,89 +123,65 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
         else:
             run.rewind(int(checkpoint.name.split("-")[1]))
     everyone.wait_for_everyone()
-    if everyone.is_main_process:
-        console.print(plan.explain(), highlight=False)
-
-    try:
-        parts = load_parts(recipe, args, plan, run)
-        with parts.suite:
-            trainer = build_trainer(parts, run, console, start_evaluation=checkpoint is None)
-            _train(trainer, run, checkpoint, console)
-        if everyone.is_main_process:
-            _summarise(run, console)
-    finally:
-        # gloo aborts the interpreter at exit if its threads are still running.
-        everyone.destroy_process_group()
-    return run.path
 
 
-def load_parts(recipe: Recipe, args: "GRPOConfig", plan: "BatchPlan", run: RunDirectory) -> Parts:
-    """Load data, model and rewards, and check that they fit together.
+def load_policy(inputs: Inputs, run: RunDirectory) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load the model and its tokenizer; a tiny one is built into the run directory first.
 
     Raises:
-        RlbalError: what does not load or does not fit.
+        RlbalError: it does not load, its warm start did not converge, or completions do not fit its context.
     """
     from rlbal.model import WARM_START, build_tiny, context_length, load_model, load_tokenizer
-    from rlbal.prompts.data import limit_prompt_tokens, load_data
-    from rlbal.rewards.suite import RewardSuite
+    from rlbal.trainer_args import completion_limit
 
-    data = load_data(recipe.data, recipe.seed)
-    suite = RewardSuite(recipe.rewards)
-    suite.check_columns(data.train.column_names)
+    recipe, args = inputs.recipe, inputs.args
+    source: str | Path | None = recipe.model.name_or_path
     if recipe.model.tiny is not None:
-        source: str | Path = run.path / WARM_START
+        source = run.path / WARM_START
         with args.distributed_state.main_process_first():
-            build_tiny(recipe, data.train, Path(source))
-    else:
-        assert recipe.model.name_or_path is not None
-        source = recipe.model.name_or_path
-    tokenizer = load_tokenizer(source, recipe.model)
-    rows, note = limit_prompt_tokens(data.train, tokenizer, recipe.data, args.chat_template_kwargs)
-    if len(rows) < plan.prompts:
-        raise DataError(
-            f"{len(rows)} training prompts do not fill one generation batch of {plan.prompts} prompts",
-            why=plan.explain(),
-            fix="use more data (`data`), smaller batches (`trainer.per_device_train_batch_size`) or more "
-            "`algorithm.rollouts_per_prompt`",
-        )
-    model = load_model(source, recipe.model)
+            build_tiny(recipe, inputs.data.train, source)
+    assert source is not None
+    tokenizer, model = load_tokenizer(source, recipe.model), load_model(source, recipe.model)
     limit = context_length(model)
-    if limit is not None and args.max_completion_length >= limit:
+    if limit is not None and completion_limit(args) >= limit:
         raise RecipeError(
-            f"`trainer.max_completion_length` ({args.max_completion_length}) leaves no room for a prompt in the "
-            f"model's {limit} positions",
+            f"`trainer.max_completion_length` ({completion_limit(args)}) leaves no room for a prompt in the model's "
+            f"{limit} positions",
             fix="lower it",
         )
-    if args.distributed_state.is_main_process:
-        for text in [*data.notes, *([note] if note else [])]:
-            print(f"note: {text}", file=sys.stderr)
-    return Parts(recipe, args, plan, model, tokenizer, rows, data.eval, suite)
+    return model, tokenizer
 
 
 def build_trainer(
-    parts: Parts, run: RunDirectory, console: Console, start_evaluation: bool = True
+    inputs: Inputs, run: RunDirectory, console: Console, start_evaluation: bool = True
 ) -> "BalancedGRPOTrainer":
     """Put the trainer together; `start_evaluation` asks for one before the first step if the recipe does."""
     from transformers import PrinterCallback, ProgressCallback
 
     from rlbal.model import lora_config
+    from rlbal.prompts.data import limit_prompt_tokens
+    from rlbal.trainer_args import chat_options
     from rlbal.trainers.callbacks import RunRecorder, StepProgress
     from rlbal.trainers.grpo import BalancedGRPOTrainer
 
-    recipe = parts.recipe
-    parts.args.eval_on_start = start_evaluation and recipe.evaluation.at_start and parts.eval_rows is not None
+    recipe, args = inputs.recipe, inputs.args
+    model, tokenizer = load_policy(inputs, run)
+    rows, note = limit_prompt_tokens(inputs.data.train, tokenizer, recipe.data, chat_options(args))
+    if note is not None and args.distributed_state.is_main_process:
+        print(f"note: {note}", file=sys.stderr)
+    args.eval_on_start = start_evaluation and recipe.evaluation.at_start and inputs.data.eval is not None
     recorder = RunRecorder(run)
     trainer = BalancedGRPOTrainer(
         recipe=recipe,
-        plan=parts.plan,
-        suite=parts.suite,
-        rows=parts.rows,
-        eval_rows=parts.eval_rows,
-        tokenizer=parts.tokenizer,
-        model=parts.model,
-        args=parts.args,
+        plan=inputs.plan,
+        suite=inputs.suite,
+        rows=rows,
+        eval_rows=inputs.data.eval,
+        tokenizer=tokenizer,
+        model=model,
+        args=args,
         peft_config=lora_config(recipe),
-        callbacks=[recorder, StepProgress(console, parts.suite.names)],
+        callbacks=[recorder, StepProgress(console, inputs.suite.names)],
     )
     recorder.trainer = trainer
     trainer.remove_callback(ProgressCallback)

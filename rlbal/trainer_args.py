@@ -246,6 +246,8 @@ def config_kwargs(recipe: Recipe, trainer: dict[str, Any], plan: BatchPlan) -> d
 def _build(kwargs: dict[str, Any]) -> "GRPOConfig":
     from trl import GRPOConfig
 
+    if kwargs.get("max_completion_length", 1) is None:
+        raise RecipeError("`trainer.max_completion_length` needs a number of tokens")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -270,6 +272,18 @@ def bind_trainer(recipe: Recipe) -> "tuple[GRPOConfig, BatchPlan]":
     kwargs["use_cpu"] = True
     kwargs.pop("tf32", None)  # only a GPU can be asked for it
     return _build(kwargs), plan
+
+
+def completion_limit(args: "GRPOConfig") -> int:
+    """Longest completion in tokens."""
+    assert args.max_completion_length is not None  # checked by `_build`
+    return args.max_completion_length
+
+
+def chat_options(args: "GRPOConfig") -> dict[str, Any]:
+    """Keyword arguments of the chat template; TRL has parsed them if the recipe gave a JSON text."""
+    assert not isinstance(args.chat_template_kwargs, str)
+    return args.chat_template_kwargs or {}
 
 
 def training_args(recipe: Recipe, num_processes: int) -> "tuple[GRPOConfig, BatchPlan]":

@@ -27,13 +27,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlbal.errors import DataError, TrainingStopped
 from rlbal.recipe import WarmStartSection
 
-EXPRESSION = re.compile(r"-?\d+( [+-] -?\d+)*", re.ASCII)  # as chain_sum writes it
+EXPRESSION = re.compile(r"-?\d{1,9}( [+-] -?\d{1,9})*", re.ASCII)  # as chain_sum writes it
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 OFFSETS = (-3, -2, -1, 1, 2, 3)  # how far a random error is off
 IGNORED = -100  # the label that cross entropy leaves out
 BATCHES_SORTED_TOGETHER = 16
 TEST_BATCHES = 32
-MAX_EXCESS = 0.02  # nats per token
+MAX_EXCESS = 0.02  # nats per completion token; a converged warm start ends below 0.01
 
 
 class Dice:
@@ -128,7 +128,7 @@ def _expressions(train: Dataset) -> list[str]:
             )
         try:
             expression = json.loads(metadata)["expression"]
-        except (TypeError, ValueError, KeyError):
+        except (TypeError, ValueError, KeyError, RecursionError):
             expression = None
         if not isinstance(expression, str) or not EXPRESSION.fullmatch(expression):
             raise DataError(f"training row {row}: no `chain_sum` expression in column `metadata`", fix=fix)
@@ -178,7 +178,7 @@ def _loss(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor) -> to
 
 
 @torch.no_grad()
-def _excess(
+def _measure(
     model: PreTrainedModel, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], dice: Dice
 ) -> WarmStartResult:
     """Measure the model's loss on fresh traces and the floor under it, the dice's own surprise."""
@@ -214,7 +214,7 @@ def warm_start(
         optimizer.zero_grad()
     model.eval()
     dice = Dice(seed + 1)
-    result = _excess(model, _batches(train, tokenizer, settings, dice, TEST_BATCHES), dice)
+    result = _measure(model, _batches(train, tokenizer, settings, dice, TEST_BATCHES), dice)
     if not result.excess <= MAX_EXCESS:  # NaN is not
         raise TrainingStopped(
             f"the warm start did not converge in {settings.steps} steps: its loss is {result.loss:.3f} nats per token, "

@@ -41,7 +41,7 @@ def leave_network() -> bool:
 
 
 def lock_down(memory_mb: int, network_left: bool) -> list[str]:
-    """Take away every right that scoring does not need, for good. Call it when all imports are done.
+    """Take away every right that scoring does not need, for good.
 
     Args:
         memory_mb: address space, in MiB, beyond what the process holds now.
@@ -50,8 +50,7 @@ def lock_down(memory_mb: int, network_left: bool) -> list[str]:
     Returns:
         What this kernel could not take away: any of `network`, `processes`, `files`.
     """
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    _limit(resource.RLIMIT_AS, held + memory_mb * MEBIBYTE)
+    limit_memory(memory_mb)
     _limit(resource.RLIMIT_FSIZE, 0)
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_NOFILE, 64)
@@ -64,6 +63,12 @@ def lock_down(memory_mb: int, network_left: bool) -> list[str]:
         processes = os.geteuid() != 0
     network = network_left or processes
     return [what for what, done in (("network", network), ("processes", processes), ("files", files)) if not done]
+
+
+def limit_memory(memory_mb: int) -> None:
+    """Allow this process `memory_mb` MiB of address space more than it holds now; a second call can only lower that."""
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    _limit(resource.RLIMIT_AS, held + memory_mb * MEBIBYTE)
 
 
 def limit_processor_time(seconds: float) -> None:

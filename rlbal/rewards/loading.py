@@ -1,6 +1,6 @@
 """From `module:function` or `path/to/file.py:function` in a recipe to a function that is known to fit.
 
-Reward code is imported here and nowhere else: by training and checking, never by listing or reporting.
+Reward code is imported here and nowhere else: by training and checking, and for `rlbal eval` by worker processes only.
 """
 
 import hashlib
@@ -8,10 +8,11 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlbal.errors import RewardError, nearest
 
@@ -21,6 +22,31 @@ if TYPE_CHECKING:  # workers import this module and should start fast
 # What TRL passes besides dataset columns.
 ROLLOUT_ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
 TRAINER_ARGUMENTS = frozenset({"trainer_state", "log_extra", "log_metric", "environments"})
+
+
+def log_nothing(*args: Any, **kwargs: Any) -> None:
+    """Takes the place of TRL's `log_extra` and `log_metric` where no trainer is there to log."""
+
+
+WITHOUT_TRAINER = {"trainer_state": None, "log_extra": log_nothing, "log_metric": log_nothing}
+
+
+class Signature(NamedTuple):
+    """What a reward function says of itself.
+
+    Attributes:
+        named: its parameters, and whether each must be given.
+        takes_any: it has `**kwargs`.
+        must_sandbox: a completion can hang or abuse it, so it may run in workers only.
+    """
+
+    named: dict[str, bool]
+    takes_any: bool
+    must_sandbox: bool
+
+    def accepted(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the given arguments that the function takes."""
+        return {key: value for key, value in given.items() if self.takes_any or key in self.named}
 
 
 def load_function(name: str, path: str) -> Callable[..., Any]:
@@ -45,6 +71,12 @@ def load_function(name: str, path: str) -> Callable[..., Any]:
     function = getattr(module, function_name)
     if not callable(function):
         raise RewardError(f"reward `{name}`: `{path}` is a {type(function).__name__}, not a function")
+    try:
+        inspect.signature(function)
+    except (TypeError, ValueError):  # some of those written in C
+        raise RewardError(
+            f"reward `{name}`: `{path}` does not say which arguments it takes", fix="wrap it in a function of your own"
+        ) from None
     return function
 
 
@@ -92,18 +124,28 @@ def _import_failed(name: str, where: str, error: BaseException) -> RewardError:
     return RewardError(f"reward `{name}`: importing {where} failed", why=f"{type(error).__name__}: {error}")
 
 
-def signature(function: Callable[..., Any]) -> tuple[dict[str, bool], bool]:
-    """The named parameters of a function (True: must be given) and whether it takes any others (`**kwargs`)."""
+def signature(function: Callable[..., Any]) -> Signature:
+    """Look at a function that `load_function` gave."""
     parameters = inspect.signature(function).parameters.values()
     named = {
         parameter.name: parameter.default is parameter.empty
         for parameter in parameters
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     }
-    return named, any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return Signature(named, takes_any, bool(getattr(function, "must_sandbox", False)))
 
 
-def check_spec(name: str, spec: "RewardSpec", function: Callable[..., Any]) -> None:
+def bind(
+    function: Callable[..., Any], args: Mapping[str, Any], unsafe: bool, given: Mapping[str, Any]
+) -> Callable[[], Any]:
+    """The call of a function with what it accepts of `given`; the recipe's `args` and `unsafe` win over columns."""
+    said = signature(function)
+    own = {**args, "unsafe": unsafe} if "unsafe" in said.named else args
+    return partial(function, **{**said.accepted(given), **own})
+
+
+def check_spec(name: str, spec: "RewardSpec", said: Signature) -> None:
     """Check that a recipe's entry can work with the function it names.
 
     Raises:
@@ -111,8 +153,7 @@ def check_spec(name: str, spec: "RewardSpec", function: Callable[..., Any]) -> N
             must not run inside the trainer's process.
     """
     key = f"rewards.functions.{name}"
-    named, _ = signature(function)
-    options = set(named) - ROLLOUT_ARGUMENTS - TRAINER_ARGUMENTS - {"unsafe"}
+    options = set(said.named) - ROLLOUT_ARGUMENTS - TRAINER_ARGUMENTS - {"unsafe"}
     for argument in spec.args:
         if argument not in options:
             hint = "set `unsafe: true` beside `args`, not in it" if argument == "unsafe" else nearest(argument, options)
@@ -121,13 +162,13 @@ def check_spec(name: str, spec: "RewardSpec", function: Callable[..., Any]) -> N
                 why="an argument must be named in the function's signature, or a misspelt one would be ignored",
                 fix=hint or "leave it out",
             )
-    if spec.rowwise and (whole := sorted(TRAINER_ARGUMENTS & set(named))):
+    if spec.rowwise and (whole := sorted(TRAINER_ARGUMENTS & set(said.named))):
         raise RewardError(
             f"`{key}.rowwise: true`, but {spec.function} asks for `{whole[0]}`",
             why="that exists in the trainer's process only, and rowwise rewards run in workers",
             fix=f"set `{key}.rowwise: false`",
         )
-    if not spec.rowwise and (getattr(function, "must_sandbox", False) or spec.unsafe):
+    if not spec.rowwise and (said.must_sandbox or spec.unsafe):
         raise RewardError(
             f"reward `{name}` ({spec.function}) must run in a worker process",
             why="a completion can hang it or run code through it, and inside the trainer it could not be stopped",
@@ -135,27 +176,26 @@ def check_spec(name: str, spec: "RewardSpec", function: Callable[..., Any]) -> N
         )
 
 
-def required_columns(spec: "RewardSpec", function: Callable[..., Any]) -> tuple[str, ...]:
+def required_columns(spec: "RewardSpec", said: Signature) -> tuple[str, ...]:
     """Dataset columns that the function cannot do without: parameters with no default that `args` does not give."""
-    named, _ = signature(function)
     given = ROLLOUT_ARGUMENTS | TRAINER_ARGUMENTS | {"unsafe"} | set(spec.args)
-    return tuple(parameter for parameter, required in named.items() if required and parameter not in given)
+    return tuple(parameter for parameter, required in said.named.items() if required and parameter not in given)
 
 
-def check_columns(section: "RewardsSection", functions: dict[str, Callable[..., Any]], columns: Iterable[str]) -> None:
+def check_columns(section: "RewardsSection", signatures: Mapping[str, Signature], columns: Iterable[str]) -> None:
     """Check that the dataset has every column that the rewards need.
 
     Args:
         section: the recipe's `rewards`.
-        functions: the loaded function of each reward.
+        signatures: of each reward's function.
         columns: of the dataset, and those that the trainer adds.
 
     Raises:
         RewardError: naming the reward, the column and what there is.
     """
     columns = sorted(columns)
-    for name, function in functions.items():
-        for column in required_columns(section.functions[name], function):
+    for name, said in signatures.items():
+        for column in required_columns(section.functions[name], said):
             if column not in columns:
                 there = ", ".join(f"`{one}`" for one in columns)
                 raise RewardError(

@@ -10,6 +10,7 @@ from trl.models import unwrap_model_for_generation
 
 from rlbal.evaluation import Evaluation, Prompt, Sample, evaluate_policy
 from rlbal.sampling import end_tokens, generate_samples, prompt_token_ids
+from rlbal.trainer_args import chat_options, completion_limit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +24,7 @@ class PolicyEvaluator:
     def __init__(self, trainer: "BalancedGRPOTrainer", rows: Dataset) -> None:
         self.trainer, self.rows = trainer, rows
         recipe = trainer.recipe
-        self.max_new_tokens = recipe.evaluation.max_completion_length or trainer.args.max_completion_length
+        self.max_new_tokens = recipe.evaluation.max_completion_length or completion_limit(trainer.args)
 
     def run(self) -> Evaluation:
         """Evaluate on every process; all of them return the same metrics."""
@@ -50,13 +51,13 @@ class PolicyEvaluator:
                 trainer.model_wrapped,
                 trainer.accelerator,
                 gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+                gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,  # type: ignore[arg-type]
             ) as model,
             trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
         ):
             return generate_samples(
                 model,
-                trainer.processing_class,
+                trainer.tokenizer,
                 prompts,
                 trainer.recipe.evaluation,
                 max_new_tokens=self.max_new_tokens,
@@ -65,14 +66,14 @@ class PolicyEvaluator:
                 positions=positions,
                 device=trainer.accelerator.device,
                 progress=trainer.accelerator.is_main_process,
-                chat_template_kwargs=trainer.chat_template_kwargs,
+                chat_template_kwargs=chat_options(trainer.args),
             )
 
     def _vllm_samples(self, prompts: list[Prompt], positions: list[int], greedy: bool) -> list[list[Sample]]:
         """Through TRL's vLLM engine; its sampling is seeded by the engine, not by prompt."""
-        trainer, tokenizer = self.trainer, self.trainer.processing_class
+        trainer, tokenizer = self.trainer, self.trainer.tokenizer
         count = 1 if greedy else trainer.recipe.evaluation.samples_per_prompt
-        ids = prompt_token_ids(tokenizer, prompts, trainer.chat_template_kwargs)
+        ids = prompt_token_ids(tokenizer, prompts, chat_options(trainer.args))
         trainer.vllm_generation.sync_weights()
         with self._vllm_settings(greedy):
             repeated = [row for row in ids for _ in range(count)]

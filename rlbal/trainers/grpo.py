@@ -14,6 +14,7 @@ a contract test that fails when TRL changes under it.
 """
 
 import time
+from collections import deque
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
 from rlbal.balance.advantages import AdvantageRule, compute_advantages
 from rlbal.balance.weighting import FixedWeighting
@@ -52,6 +53,8 @@ class BalancedGRPOTrainer(GRPOTrainer):
         kwargs: `model`, `args`, `peft_config` and `callbacks` as for GRPOTrainer.
     """
 
+    args: GRPOConfig
+
     def __init__(
         self,
         *,
@@ -63,7 +66,7 @@ class BalancedGRPOTrainer(GRPOTrainer):
         tokenizer: PreTrainedTokenizerBase,
         **kwargs: Any,
     ) -> None:
-        self.recipe, self.plan, self.suite, self.rows = recipe, plan, suite, rows
+        self.recipe, self.plan, self.suite, self.rows, self.tokenizer = recipe, plan, suite, rows, tokenizer
         functions = recipe.rewards.functions
         self.rule = AdvantageRule(**recipe.advantage.model_dump())
         self.weighting = FixedWeighting([spec.weight for spec in functions.values()])
@@ -78,7 +81,7 @@ class BalancedGRPOTrainer(GRPOTrainer):
         self.step_started = time.perf_counter()
         self.last_evaluation: tuple[int, Evaluation] | None = None
         super().__init__(
-            reward_funcs=suite.functions,
+            reward_funcs=list(suite.functions),
             # The loader hands out positions only; rows are fetched when generation is due.
             train_dataset=rows.select_columns(["prompt_index"]),
             eval_dataset=eval_rows,
@@ -94,14 +97,14 @@ class BalancedGRPOTrainer(GRPOTrainer):
             num_prompts=len(self.rows),
             prompts_per_batch=self.plan.prompts,
             rows_per_prompt=self.plan.rollouts_per_prompt,
-            repeats=self.num_iterations * self.args.steps_per_generation,
-            shuffle=self.shuffle_dataset,
+            repeats=self.num_iterations * self.plan.steps_per_generation,
+            shuffle=bool(self.shuffle_dataset),
             seed=self.args.seed,
         )
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        every = self.args.steps_per_generation * self.num_iterations
-        if self.model.training and (self._step % every == 0 or self._buffered_inputs is None):
+        every = self.plan.steps_per_generation * self.num_iterations
+        if self._training and (self._step % every == 0 or self._buffered_inputs is None):
             generation_batch = self._allocate(generation_batch)
         return super()._prepare_inputs(generation_batch)
 
@@ -132,8 +135,9 @@ class BalancedGRPOTrainer(GRPOTrainer):
             self.batch.rewards_NK, self.batch.group_N, weights_K, self.rule, self.ranges_K2
         )
         output["advantages"] = advantages_N[self._local_slice(len(inputs))].to(self.accelerator.device)
-        self._logs["advantages"].clear()
-        self._logs["advantages"].extend(advantages_N.tolist())
+        logged: deque[float] = self._logs["advantages"]  # type: ignore[assignment]
+        logged.clear()
+        logged.extend(advantages_N.tolist())
         self._account(weights_K, advantages_N, details)
         self._times["balance"] += time.perf_counter() - balance_started
         return output
@@ -220,6 +224,11 @@ class BalancedGRPOTrainer(GRPOTrainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    @property
+    def _training(self) -> bool:
+        assert self.model is not None
+        return self.model.training
 
     @property
     def _final_tokens(self) -> set[int]:

@@ -1,6 +1,6 @@
 """One process of a scripted training run; writes what it saw to a folder. Started by accelerate, or alone.
 
-    accelerate launch --config_file accelerate_configs/cpu_2proc.yaml tests/e2e/scripted_run.py FOLDER LOSS ROWS
+accelerate launch --config_file accelerate_configs/cpu_2proc.yaml tests/e2e/scripted_run.py FOLDER LOSS ROWS
 """
 
 import json

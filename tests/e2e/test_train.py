@@ -14,10 +14,10 @@ from rlbal.run import RunDirectory, read_jsonl
 from rlbal.train import train
 
 # What `metrics.jsonl` promises of every step, whatever the recipe.
-PROMISED = """step rollouts tokens_generated flops gpu_seconds loss grad_norm learning_rate
-    reward/first/mean reward/first/std reward/first/none reward/first/dead_groups weight/first
-    allocation/min allocation/max allocation/mean effective_gradient_ratio length/mean length/truncated
-    time/generate time/reward time/balance time/train""".split()
+PROMISED = ["step", "rollouts", "tokens_generated", "flops", "gpu_seconds", "loss", "grad_norm", "learning_rate"]
+PROMISED += [f"reward/first/{figure}" for figure in ("mean", "std", "none", "dead_groups")] + ["weight/first"]
+PROMISED += ["allocation/min", "allocation/max", "allocation/mean", "effective_gradient_ratio"]
+PROMISED += ["length/mean", "length/truncated", "time/generate", "time/reward", "time/balance", "time/train"]
 
 REWARDS = '''
 import os, signal
@@ -55,7 +55,9 @@ def recipe_for(tmp_path: Path, function: str = "first", **trainer: Any) -> Recip
             "model": {"tiny": {"hidden_size": 32, "layers": 2, "heads": 2, "max_positions": 256}},
             "data": {"source": "file", "path": str(tmp_path / "sums.jsonl"), "eval_size": 8},
             "algorithm": {"rollouts_per_prompt": 4},
-            "rewards": {"functions": {"first": {"function": f"{tmp_path / 'my_rewards.py'}:{function}", "range": [0, 1]}}},
+            "rewards": {
+                "functions": {"first": {"function": f"{tmp_path / 'my_rewards.py'}:{function}", "range": [0, 1]}}
+            },
             "evaluation": {"samples_per_prompt": 2, "pass_at": [1, 2], "every": 2, "greedy": True},
             "trainer": {
                 "per_device_train_batch_size": 8,

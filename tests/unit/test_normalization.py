@@ -33,9 +33,9 @@ def test_without_a_spread_to_measure_it_is_reinforce(p_P):
 
 
 def test_parameters_never_fall_below_one():
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(100):
-        p_P = torch.rand(5, generator=generator, dtype=torch.float64).round(decimals=1)
+    """Where prompts succeed always or never, v = m (1 - m), and rounding alone decides the sign of a and b."""
+    for successes in range(40):
+        p_P = tensor(*[1.0] * successes, *[0.0] * (40 - successes))
         assert min(beta_parameters(p_P)) >= 1.0
 
 

@@ -162,8 +162,8 @@ def test_nearest_lists_few_options_and_stays_silent_about_many():
             (
                 [f"advantage.baseline={baseline}", f"advantage.scale={scale}"],
                 f"`advantage.scale: {scale}` divides by the spread around a mean that `advantage.baseline: {baseline}` "
-                "does not subtract: where rewards are all equal the spread is 0 and the advantages are 10,000 times the "
-                "rewards; use `advantage.scale: none` or another baseline",
+                "does not subtract: where rewards are all equal the spread is 0 and the advantages are 10,000 times "
+                "the rewards; use `advantage.scale: none` or another baseline",
             )
             for baseline, scale in [("none", "group_std"), ("none", "batch_std"), ("batch", "group_std")]
         ),

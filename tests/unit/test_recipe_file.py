@@ -107,8 +107,7 @@ def test_a_missing_file_names_the_nearest_shipped_recipe(tmp_path, monkeypatch):
     with pytest.raises(RecipeError) as caught:
         read_recipe("recipes/qwen2.5-7b/grpo_mth.yaml")
     assert str(caught.value) == (
-        "no recipe at recipes/qwen2.5-7b/grpo_mth.yaml\n"
-        "Fix: Did you mean `recipes/qwen2.5-7b/grpo_math.yaml`? `rlbal recipes` lists those shipped"
+        "no recipe at recipes/qwen2.5-7b/grpo_mth.yaml\nFix: Did you mean `recipes/qwen2.5-7b/grpo_math.yaml`?"
     )
 
 
@@ -148,7 +147,7 @@ def test_the_resolved_dump_reads_back_equal(write):
         "trainer.learning_rate=1e-5",
         "trainer.adam_epsilon=1e-22",
         "rewards.functions.correct.range=[-1, 1]",
-        "rewards.functions.correct.args={a: '1e-5', b: '2024-01-01', c: 'no', d: 'null', e: 'é: {x}', f: [1, 2.5, null]}",
+        "rewards.functions.correct.args={a: '1e-5', b: '2024-01-01', c: 'no', d: 'null', e: 'é: {x}', f: [1, null]}",
         "model.tiny.phrases=['1e5', '<think>', ' = ', '\"#']",
         "data.system='two\n\n  lines: {question}'",
         "lora.r=8",

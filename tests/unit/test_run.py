@@ -49,6 +49,19 @@ def test_a_second_run_is_refused(run):
     assert list(read_jsonl(run.metrics_path)) == [{"step": 1}]
 
 
+@pytest.mark.parametrize("result", ["metrics.jsonl", "evaluations.jsonl", "checkpoint-3", "model"])
+def test_anything_recorded_or_saved_makes_it_a_run_that_is_kept(run, result):
+    (run.path / result).mkdir()
+    with pytest.raises(RunError, match="already holds a run"):
+        run.start(small())
+    assert (run.path / result).exists()
+
+
+def test_a_run_that_failed_before_its_first_step_may_start_again(run):
+    run.start(small("seed=5"))
+    assert run.recipe().seed == 5
+
+
 def test_overwrite_starts_afresh(run):
     checkpoint(run, "checkpoint-5")
     append_jsonl(run.metrics_path, {"step": 1})

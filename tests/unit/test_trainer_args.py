@@ -43,6 +43,7 @@ def test_owned_and_known_keys_are_trl_fields():
     ("override", "message"),
     [
         ("learning_rate=abc", "`trainer.learning_rate`: Input should be a valid number, unable to parse string as a"),
+        ("max_completion_length=", "`trainer.max_completion_length` needs a number of tokens"),
         ("learning_rate=", "`trainer.learning_rate`: Input should be a valid number (got None)"),
         ("learning_rate=.nan", "`trainer.learning_rate`: Input should be a finite number (got nan)"),
         ("max_steps=1.5", "`trainer.max_steps`: Input should be a valid integer, got a number with a fractional part"),

@@ -188,6 +188,8 @@ def test_the_seed_decides_everything(monkeypatch):
         ([{"prompt": "a", "metadata": '{"expression": "1 + 1"}'}, {"prompt": "b", "metadata": "{}"}], "row 1: no"),
         ([{"prompt": "a", "metadata": "not json"}], "row 0: no `chain_sum` expression"),
         ([{"prompt": "a", "metadata": None}], "row 0: no `chain_sum` expression"),
+        ([{"prompt": "a", "metadata": "[" * 100_000}], "row 0: no `chain_sum` expression"),
+        ([{"prompt": "a", "metadata": json.dumps({"expression": "9" * 5000})}], "row 0: no `chain_sum` expression"),
         ([{"prompt": "a", "metadata": "[1]"}], "row 0: no `chain_sum` expression"),
         ([{"prompt": "a", "metadata": '{"expression": "2 * 3"}'}], "row 0: no `chain_sum` expression"),
         ([{"prompt": "a", "metadata": '{"expression": 3}'}], "row 0: no `chain_sum` expression"),

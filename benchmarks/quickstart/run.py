@@ -1,0 +1,134 @@
+"""The quickstart over seeds: before and after RL on held-out problems, with the README's picture.
+
+    python benchmarks/quickstart/run.py             # about ten minutes on 2 cores
+    python benchmarks/quickstart/run.py --plot-only # from the runs that are there
+
+Runs recipes/quickstart.yaml with seeds 0, 1, 2, one after another, in runs/quickstart-seed<N>; a finished run is kept.
+Writes result.json, learning.png beside this file.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from rlbal.run import RunDirectory, read_jsonl
+
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parents[1]
+SEEDS = (0, 1, 2)
+METRICS = {
+    "correct, sampled": "reward/correct",
+    "correct, greedy": "greedy/reward/correct",
+    "format, sampled": "reward/format",
+    "tokens, sampled": "length/mean",
+}
+# Okabe-Ito: told apart by colour-blind readers too.
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
+
+
+def run_seed(seed: int) -> float | None:
+    """Train one seed unless it is finished; wall seconds, start-up included."""
+    run = RunDirectory(ROOT / f"runs/quickstart-seed{seed}")
+    if run.model_path.is_dir():
+        return None
+    command = [sys.executable, "-m", "rlbal.cli", "train", "recipes/quickstart.yaml", "--overwrite"]
+    started = time.monotonic()
+    subprocess.run([*command, f"seed={seed}", f"output_dir={run.path}"], cwd=ROOT, check=True)
+    return time.monotonic() - started
+
+
+def collect(seed: int) -> dict[str, Any]:
+    """First and last evaluation and the training curve of one seed."""
+    run = RunDirectory(ROOT / f"runs/quickstart-seed{seed}")
+    first, *_, last = read_jsonl(run.evaluations_path)
+    curve = list(read_jsonl(run.metrics_path))
+    return {
+        "before": {label: first["metrics"][name] for label, name in METRICS.items()},
+        "after": {label: last["metrics"][name] for label, name in METRICS.items()},
+        "by_difficulty": {
+            when: {value: group["metrics"]["reward/correct"] for value, group in line["by_difficulty"].items()}
+            for when, line in (("before", first), ("after", last))
+        },
+        "prompts": last["prompts"],
+        "curve": {
+            key: [record[key] for record in curve]
+            for key in ("step", "reward/correct/mean", "reward/format/mean", "length/mean")
+        },
+    }
+
+
+def smooth(values: list[float], window: int = 10) -> np.ndarray:
+    """Running mean, shorter at the beginning."""
+    sums = np.cumsum(np.insert(np.array(values, dtype=float), 0, 0.0))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - window)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def plot(results: dict[int, dict[str, Any]]) -> None:
+    """Learning curves of all seeds, and correctness by number of terms before and after."""
+    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6), constrained_layout=True)
+    for seed, result in results.items():
+        curve, label = result["curve"], seed == SEEDS[0]
+        left.plot(curve["step"], smooth(curve["reward/correct/mean"]), color=BLUE, label="correct" if label else None)
+        left.plot(curve["step"], smooth(curve["reward/format/mean"]), color=GREEN, label="format" if label else None)
+        middle.plot(curve["step"], smooth(curve["length/mean"]), color=ORANGE)
+    left.set(title="Rewards while training", xlabel="optimizer step", ylim=(0, 1.02))
+    left.legend(frameon=False, loc="lower right")
+    middle.set(title="Tokens per completion", xlabel="optimizer step")
+    middle.set_ylim(bottom=0)
+    values = sorted(next(iter(results.values()))["by_difficulty"]["before"], key=float)
+    places = np.arange(len(values))
+    for offset, (when, colour) in enumerate((("before", "#999999"), ("after", BLUE))):
+        means = [np.mean([result["by_difficulty"][when][value] for result in results.values()]) for value in values]
+        right.bar(places + 0.4 * offset - 0.2, means, 0.38, color=colour, label=f"{when} RL")
+    right.set(title="Held-out problems solved", xlabel="terms in the sum", ylim=(0, 1.02))
+    right.set_xticks(places, values)
+    right.legend(frameon=False, loc="upper center", ncols=2, bbox_to_anchor=(0.5, 1.0), facecolor="white", framealpha=1)
+    figure.savefig(FOLDER / "learning.png", dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--plot-only", action="store_true")
+    options = parser.parse_args()
+    file = FOLDER / "result.json"
+    seconds = json.loads(file.read_text())["seconds"] if file.is_file() else {}
+    for seed in SEEDS:
+        took = None if options.plot_only else run_seed(seed)
+        if took is not None:
+            seconds[str(seed)] = round(took, 1)
+    results = {seed: collect(seed) for seed in SEEDS}
+    table = Table("", *(f"seed {seed}" for seed in SEEDS), "mean before", "mean after", "change", title="Quickstart")
+    summary = {}
+    for label in METRICS:
+        before = float(np.mean([result["before"][label] for result in results.values()]))
+        after = float(np.mean([result["after"][label] for result in results.values()]))
+        summary[label] = {"before": before, "after": after}
+        pairs = [f"{result['before'][label]:.3g} → {result['after'][label]:.3g}" for result in results.values()]
+        change = f"{after / before - 1:+.0%}" if "tokens" in label else f"{100 * (after - before):+.1f} points"
+        table.add_row(label, *pairs, f"{before:.3g}", f"{after:.3g}", change)
+    seeds = {seed: {"before": result["before"], "after": result["after"]} for seed, result in results.items()}
+    prompts = results[SEEDS[0]]["prompts"]
+    file.write_text(
+        json.dumps({"prompts": prompts, "mean": summary, "seeds": seeds, "seconds": seconds}, indent=2) + "\n"
+    )
+    plot(results)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
