@@ -44,4 +44,4 @@ def nearest(name: str, options: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     if close:
         return f"Did you mean `{close[0]}`?"
-    return f"Known here: {', '.join(f'`{option}`' for option in options)}." if len(options) <= 25 else ""
+    return f"Known here: {', '.join(f'`{option}`' for option in options)}." if 0 < len(options) <= 25 else ""

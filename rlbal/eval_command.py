@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -86,16 +87,17 @@ def _evaluate(recipe: Recipe, source: str) -> Evaluation:
     from rlbal.prompts.data import load_data
     from rlbal.rewards.suite import RewardSuite
     from rlbal.sampling import generate_samples
-    from rlbal.trainer_args import bind_trainer
+    from rlbal.trainer_args import bind_trainer, chat_options, completion_limit
 
     args, _ = bind_trainer(recipe)
     data = load_data(recipe.data, recipe.seed)
     if data.eval is None:
         raise RecipeError("no rows are held out", fix="set `data.eval_size` above 0")
     tokenizer = load_tokenizer(source, recipe.model)
-    model = load_model(source, recipe.model).to(default_device())
-    tokens = recipe.evaluation.max_completion_length or args.max_completion_length
-    with RewardSuite(recipe.rewards) as suite:
+    model: Any = load_model(source, recipe.model)
+    model = model.to(default_device())
+    tokens = recipe.evaluation.max_completion_length or completion_limit(args)
+    with RewardSuite.for_recipe(recipe, isolated=True) as suite:
         suite.check_columns(data.eval.column_names)
 
         def generate(prompts: list, positions: list[int], greedy: bool) -> list:
@@ -109,7 +111,7 @@ def _evaluate(recipe: Recipe, source: str) -> Evaluation:
                 greedy=greedy,
                 positions=positions,
                 progress=True,
-                chat_template_kwargs=args.chat_template_kwargs,
+                chat_template_kwargs=chat_options(args),
             )
 
         return evaluate_policy(generate, data.eval, suite, recipe, max_new_tokens=tokens)

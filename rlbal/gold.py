@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from reward_fns._text import last_boxed
+from rlbal.check_report import figure
 from rlbal.evaluation import score_texts
-from rlbal.recipe import Recipe
+from rlbal.scoring_stats import Array
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -16,12 +18,13 @@ if TYPE_CHECKING:
 # Columns that hold a gold answer, and those that hold a whole worked solution, most usual names first.
 ANSWERS = ("answer", "gold", "target", "ground_truth", "solution", "label")
 SOLUTIONS = ("solution", "answer")
-# How a model might write a gold answer; each reward is judged on the form it likes best.
+# How a model might write a gold answer. Each reward is judged on the form in which these first rows score highest.
 FORMS = {
-    "as it stands": "{gold}",
-    "boxed": "\\boxed{{{gold}}}",
-    "in answer tags": "<think>\nworked out\n</think>\n<answer>{gold}</answer>",
+    "as it stands": "{solution}",
+    "boxed": "\\boxed{{{answer}}}",
+    "in answer tags": "<think>\nworked out\n</think>\n<answer>{answer}</answer>",
 }
+FORM_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -29,74 +32,96 @@ class GoldResult:
     """Mean reward on gold answers and on other rows' gold answers.
 
     Attributes:
-        means: reward -> (gold, shuffled), in the form in which gold answers score highest.
-        forms: reward -> that form.
-        correctness: rewards that look at a gold answer, so that they must separate the two.
-        equal_share: share of rows whose shuffled answer equals their own.
+        means: reward -> (gold, shuffled), NaN where it scored nothing.
+        forms: reward -> the form in which the answers were written.
+        correctness: rewards that need a gold answer, so that they must separate the two.
+        rows: rows with a gold answer.
+        equal_share: share of rows whose shuffled answer equals their own as text.
+        completions: how many were scored in all.
     """
 
     means: dict[str, tuple[float, float]]
     forms: dict[str, str]
     correctness: list[str]
+    rows: int
     equal_share: float
-
-    @property
-    def hint(self) -> str:
-        return "look at its `args`, at `data.columns`, and at the form of the answers"
+    completions: int
 
     def to_json(self) -> dict[str, Any]:
         scores = {
-            name: {"gold": gold, "shuffled": shuffled, "form": self.forms[name]}
+            name: {"gold": figure(gold), "shuffled": figure(shuffled), "form": self.forms[name]}
             for name, (gold, shuffled) in self.means.items()
         }
-        return {"rewards": scores, "correctness": self.correctness, "equal_share": self.equal_share}
+        return {
+            "rewards": scores,
+            "correctness": self.correctness,
+            "rows": self.rows,
+            "equal_share": self.equal_share,
+        }
 
 
-def score_gold(recipe: Recipe, suite: "RewardSuite", rows: "Dataset", seed: int) -> GoldResult | None:
-    """Score gold and shuffled answers with every reward; None where no column holds gold answers.
+def score_gold(suite: "RewardSuite", rows: "Dataset", seed: int) -> GoldResult | None:
+    """Score gold and shuffled answers with every reward; None where fewer than two rows have a gold answer.
 
     Args:
-        recipe: its rewards.
-        suite: the same, loaded.
+        suite: the rewards.
         rows: real rows.
         seed: of the shuffle.
     """
-    needed = {name: suite.required_columns(name) for name in suite.names}
-    gold_columns = [name for name in ANSWERS if name in rows.column_names]
-    if not gold_columns or len(rows) < 2:
+    correctness = [name for name in suite.names if set(suite.required_columns(name)) & set(ANSWERS)]
+    needed = {column for name in correctness for column in suite.required_columns(name)}
+    present = [name for name in ANSWERS if name in rows.column_names]
+    if not present:
         return None
-    solution = next((name for name in SOLUTIONS if name in rows.column_names), gold_columns[0])
-    answers, solutions = [str(value) for value in rows[gold_columns[0]]], [str(value) for value in rows[solution]]
+    column = next((name for name in present if name in needed), present[0])
+    rows = rows.select([row for row, value in enumerate(rows[column]) if value is not None])
+    if len(rows) < 2:
+        return None
+    written = _write(rows, column)
+    first = rows.select(range(min(FORM_ROWS, len(rows))))
+    trial = {form: _means(suite, first, texts[: len(first)]) for form, texts in written.items()}
+    forms = {name: _best_form({form: trial[form][k] for form in trial}) for k, name in enumerate(suite.names)}
     # A shift by a random distance: every row gets another row's answer.
     shift = int(np.random.default_rng(seed).integers(1, len(rows)))
-    best: dict[str, tuple[float, float, str]] = {}
-    for form, template in FORMS.items():
-        texts = solutions if form == "as it stands" else answers
-        written = [template.format(gold=text) for text in texts]
-        own, other = _score(suite, rows, written), _score(suite, rows, written[shift:] + written[:shift])
-        for k, name in enumerate(suite.names):
-            gold, shuffled = _mean(own[:, k]), _mean(other[:, k])
-            if name not in best or gold > best[name][0]:
-                best[name] = (gold, shuffled, form)
-    shifted = answers[shift:] + answers[:shift]
+    chosen = {form: written[form] for form in dict.fromkeys(forms.values())}
+    gold = {form: _means(suite, rows, texts) for form, texts in chosen.items()}
+    shuffled = {form: _means(suite, rows, texts[shift:] + texts[:shift]) for form, texts in chosen.items()}
+    answers = ["".join(final(str(value)).split()) for value in rows[column]]
+    equal = [own == other for own, other in zip(answers, answers[shift:] + answers[:shift], strict=True)]
     return GoldResult(
-        means={name: (gold, shuffled) for name, (gold, shuffled, _) in best.items()},
-        forms={name: form for name, (_, _, form) in best.items()},
-        correctness=[name for name in suite.names if set(needed[name]) & set(ANSWERS)],
-        equal_share=float(np.mean([_final(a) == _final(b) for a, b in zip(answers, shifted, strict=True)])),
+        means={name: (gold[forms[name]][k], shuffled[forms[name]][k]) for k, name in enumerate(suite.names)},
+        forms=forms,
+        correctness=correctness,
+        rows=len(rows),
+        equal_share=float(np.mean(equal)),
+        completions=len(trial) * len(first) + 2 * len(chosen) * len(rows),
     )
 
 
-def _score(suite: "RewardSuite", rows: "Dataset", written: list[str]) -> np.ndarray:
+def final(solution: str) -> str:
+    r"""The answer itself where it ends a worked solution: after GSM8K's `####`, or in the last `\boxed{…}`."""
+    text = solution.rpartition("####")[2].strip()
+    boxed = last_boxed(text)
+    return text if boxed is None else boxed
+
+
+def _write(rows: "Dataset", column: str) -> dict[str, list[str]]:
+    """Every gold answer in every form."""
+    worked = next((name for name in SOLUTIONS if name in rows.column_names), column)
+    pairs = [(final(str(answer)), str(solution)) for answer, solution in zip(rows[column], rows[worked], strict=True)]
+    return {
+        form: [template.format(answer=answer, solution=solution) for answer, solution in pairs]
+        for form, template in FORMS.items()
+    }
+
+
+def _best_form(means: dict[str, float]) -> str:
+    return max(means, key=lambda form: np.nan_to_num(means[form], nan=-np.inf))
+
+
+def _means(suite: "RewardSuite", rows: "Dataset", texts: list[str]) -> Array:
+    """(K,) mean of each reward over the rows that it scored, NaN without any."""
     # Length rewards want tokens; characters stand in for them, since no gold answer has been tokenized.
-    return score_texts(suite, rows[:], written, [[0] * len(text) for text in written])
-
-
-def _mean(values: np.ndarray) -> float:
-    present = values[~np.isnan(values)]
-    return float(present.mean()) if len(present) else float("nan")
-
-
-def _final(answer: str) -> str:
-    """The answer itself where it stands at the end of a worked solution (GSM8K's `#### 42`)."""
-    return answer.rsplit("####", 1)[-1].strip()
+    rewards_NK = score_texts(suite, rows[:], texts, [[0] * len(text) for text in texts])
+    scored_K = (~np.isnan(rewards_NK)).sum(axis=0)
+    return np.where(scored_K > 0, np.nansum(rewards_NK, axis=0) / np.maximum(scored_K, 1), np.nan)

@@ -25,10 +25,20 @@ class MemoryEstimate:
     generation_cache: float
     full_logits: float
 
+    def parts(self) -> dict[str, float]:
+        """All but `full_logits`: TRL computes log-probabilities in tiles and never holds the logits of a batch."""
+        return {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "reference": self.reference,
+            "generation cache": self.generation_cache,
+        }
+
     @property
     def total(self) -> float:
-        """All but `full_logits`: TRL computes log-probabilities in tiles and never holds the logits of a batch."""
-        return self.weights + self.gradients + self.optimizer + self.reference + self.generation_cache
+        """The sum of the parts."""
+        return sum(self.parts().values())
 
 
 def zero_stage(accelerate_config: Path | None) -> int:

@@ -70,8 +70,6 @@ ADVANTAGE_PRESETS = {
     "rloo": {"baseline": "leave_one_out", "scale": "none"},
     "reinforce": {"baseline": "none", "scale": "none"},
 }
-# Pairs of baseline and scale that explode on a group or batch of equal rewards.
-UNCENTRED = {("none", "group_std"), ("none", "batch_std"), ("batch", "group_std")}
 
 
 class Recipe(Section):
@@ -123,13 +121,6 @@ class Recipe(Section):
                 "group_of_one",
                 f"`advantage.scale: {advantage.scale}` needs several rollouts per prompt, but "
                 "`algorithm.rollouts_per_prompt` is 1; use at least 2, or `advantage.scale: none` or `batch_std`",
-            )
-        if (advantage.baseline, advantage.scale) in UNCENTRED:
-            raise PydanticCustomError(
-                "uncentred",
-                f"`advantage.scale: {advantage.scale}` divides by the spread around a mean that `advantage.baseline: "
-                f"{advantage.baseline}` does not subtract: where rewards are all equal the spread is 0 and the "
-                "advantages are 10,000 times the rewards; use `advantage.scale: none` or another baseline",
             )
         if advantage.scale == "beta":
             if advantage.order != "normalize_then_sum":

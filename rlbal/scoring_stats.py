@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-# A sample counts as solved from this value of the success reward, mapped to [0, 1].
-SOLVED = 0.5
+# A sample is solved with full marks: the success reward, mapped to [0, 1], is 1 to rounding. Scorers that give partial
+# credit (half a point for 15 where 5 is right) would otherwise count wrong answers; mean@k shows the partial credit.
+SOLVED = 1 - 1e-6
 
 
 def pass_at_k(samples_P: Array, solved_P: Array, k: int) -> Array:

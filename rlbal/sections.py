@@ -56,7 +56,7 @@ class WarmStartSection(Section):
 
 
 class TinySection(Section):
-    """A tiny Qwen2-style model built on the spot, with a byte tokenizer, for machines without a model hub."""
+    """A tiny Qwen3-style model built on the spot, with a byte tokenizer, for machines without a model hub."""
 
     hidden_size: int = Field(default=96, ge=8)
     layers: int = Field(default=3, ge=1)

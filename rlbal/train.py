@@ -95,6 +95,7 @@ def load_inputs(recipe: Recipe, args: "GRPOConfig", plan: "BatchPlan") -> Inputs
     from rlbal.rewards.suite import RewardSuite
 
     lora_config(recipe)
+    suite = RewardSuite.for_recipe(recipe)
     data = load_data(recipe.data, recipe.seed)
     if len(data.train) < plan.prompts:
         raise DataError(
@@ -103,7 +104,6 @@ def load_inputs(recipe: Recipe, args: "GRPOConfig", plan: "BatchPlan") -> Inputs
             fix="use more data (`data`), smaller batches (`trainer.per_device_train_batch_size`) or more "
             "`algorithm.rollouts_per_prompt`",
         )
-    suite = RewardSuite.for_recipe(recipe)
     suite.check_columns(data.train.column_names)
     suite.start()
     if args.distributed_state.is_main_process:

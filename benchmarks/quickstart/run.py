@@ -29,8 +29,8 @@ FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 SEEDS = (0, 1, 2)
 METRICS = {
-    "correct, sampled": "reward/correct",
-    "correct, greedy": "greedy/reward/correct",
+    "correct, sampled": "pass@1",
+    "correct, greedy": "greedy/pass@1",
     "format, sampled": "reward/format",
     "tokens, sampled": "length/mean",
 }
@@ -58,7 +58,7 @@ def collect(seed: int) -> dict[str, Any]:
         "before": {label: first["metrics"][name] for label, name in METRICS.items()},
         "after": {label: last["metrics"][name] for label, name in METRICS.items()},
         "by_difficulty": {
-            when: {value: group["metrics"]["reward/correct"] for value, group in line["by_difficulty"].items()}
+            when: {value: group["metrics"]["pass@1"] for value, group in line["by_difficulty"].items()}
             for when, line in (("before", first), ("after", last))
         },
         "prompts": last["prompts"],

@@ -29,6 +29,7 @@ from rlbal.balance.groups import group_mean, group_std
 from rlbal.balance.normalization import beta_density, beta_parameters, to_unit_interval
 
 EPSILON = 1e-4
+NO_SPREAD = 1e-8  # a std up to this is rounding
 
 
 @dataclass(frozen=True)
@@ -134,12 +135,15 @@ def _scale(
     num_groups: int,
     scale: str,
 ) -> torch.Tensor:
-    """The divisor of every row and column: 1, group std + eps or batch std + eps."""
+    """The divisor of every row and column: 1, or std + eps of its group or the batch, infinite where nothing varies."""
+    if scale == "none":
+        return torch.ones_like(by_group_NK)
     if scale == "group_std":
-        return group_std(by_group_NK, present_NK, group_N, num_groups)[group_N] + EPSILON
-    if scale == "batch_std":
-        return group_std(by_batch_NK, present_NK, torch.zeros_like(group_N), 1) + EPSILON
-    return torch.ones_like(by_group_NK)
+        std_NK = group_std(by_group_NK, present_NK, group_N, num_groups)[group_N]
+    else:
+        std_NK = group_std(by_batch_NK, present_NK, torch.zeros_like(group_N), 1).expand_as(by_batch_NK)
+    # Under a baseline that is not the mean, dividing by eps alone would make 10,000 times the reward of it.
+    return torch.where(std_NK > NO_SPREAD, std_NK + EPSILON, torch.inf)
 
 
 def _beta_scale(

@@ -1,9 +1,10 @@
-"""Worker processes that score one row at a time and can be killed at any moment.
+"""Worker processes that score rows and can be killed at any moment.
 
 A worker is a new Python started by exec, never a fork of the trainer (which holds CUDA and process groups). It gets a
 scrubbed environment and an empty working directory, and gives up most rights before the first completion
-(`rlbal.rewards.isolation`). The parent keeps the time, kills a worker that exceeds it and starts another when the next
-row comes. Answers are bounded lines of JSON and are checked as hostile input.
+(`rlbal.rewards.isolation`); a sealed one even before it imports the reward. The parent keeps the time, kills a worker
+that exceeds it and starts another when the next job comes. Answers are bounded lines of JSON and are checked as hostile
+input.
 """
 
 import json
@@ -22,9 +23,12 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, StringConstraints, ValidationError
 
 from rlbal.errors import RewardError
+from rlbal.rewards.loading import Signature
 from rlbal.rewards.outcomes import Fault, Outcome, outcomes
 from rlbal.rewards.worker import LARGEST_ANSWER, MESSAGE_LENGTH
 
@@ -38,11 +42,19 @@ PASSED_ON = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "TZ")
 
 @dataclass(frozen=True)
 class Job:
-    """One row for one reward. `request` is JSON: the reward's name, its arguments as lists of one, the time limit."""
+    """Some rows for one reward. `request` is JSON: its name, its arguments as lists, their length, the time limit."""
 
     request: str
+    rows: int
     timeout: float
     bounds: tuple[float, float] | None
+
+
+class Ready(BaseModel):
+    """What a worker says once it has imported its rewards: protections that are missing, and signatures."""
+
+    ready: list[Literal["network", "processes", "files"]]
+    signatures: dict[str, tuple[dict[Annotated[str, StringConstraints(pattern=r"^\w{1,200}$")], bool], bool, bool]]
 
 
 class WorkerLost(Exception):
@@ -54,13 +66,14 @@ class WorkerLost(Exception):
 
 
 class Worker:
-    """One worker process, started when first needed and again after each loss."""
+    """One worker process, started when first needed and again after each loss, or `once` for each job."""
 
-    def __init__(self, setup: bytes, folder: str) -> None:
-        self._setup, self._folder = setup, folder
+    def __init__(self, setup: bytes, folder: str, once: bool) -> None:
+        self._setup, self._folder, self._once = setup, folder, once
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
         self.missing: list[str] = []
+        self.signatures: dict[str, Signature] = {}
 
     def start(self) -> None:
         """Start the process, unless it is running, and wait until it has imported the rewards.
@@ -89,13 +102,17 @@ class Worker:
             self.kill()
             why = f"its imports took over {STARTUP_SECONDS:g} s" if lost.reason == "timeout" else f"it {lost}"
             raise RewardError("a reward worker did not start", why, "try the import in a shell") from None
-        if "ready" not in answer:
+        try:
+            said = Ready.model_validate(answer)
+        except ValidationError:
             self.kill()
-            raise RewardError("a reward worker did not start", str(answer.get("error", "it sent something else")))
-        self.missing = list(answer["ready"])
+            why = shown(str(answer.get("error", "it sent something else")))
+            raise RewardError("a reward worker did not start", why) from None
+        self.missing = list(said.ready)
+        self.signatures = {name: Signature(*one) for name, one in said.signatures.items()}
 
-    def score(self, job: Job) -> Outcome:
-        """Score one row; whatever that does to the worker costs this row alone.
+    def score(self, job: Job) -> list[Outcome]:
+        """Score the rows of a job; whatever that does to the worker costs these rows alone.
 
         Raises:
             RewardError: the worker cannot be started.
@@ -103,13 +120,16 @@ class Worker:
         self.start()
         token = secrets.token_hex(8)
         try:
-            answer = self._exchange(f"{token} {job.request}\n".encode(), job.timeout)
-            return _read_answer(answer, token, job.bounds)
+            answer = self._exchange(f"{token} {job.request}\n".encode(), job.timeout, job.rows)
+            return _read_answer(answer, token, job)
         except WorkerLost as lost:
             self.kill()
-            return Fault(lost.reason, str(lost))
+            return [Fault(lost.reason, str(lost))] * job.rows
+        finally:
+            if self._once:
+                self.kill()
 
-    def _exchange(self, line: bytes, seconds: float) -> dict[str, Any]:
+    def _exchange(self, line: bytes, seconds: float, rows: int = 1) -> dict[str, Any]:
         """Send a line and read one back within the time limit.
 
         Raises:
@@ -117,7 +137,7 @@ class Worker:
         """
         assert self._channel is not None
         deadline = time.monotonic() + seconds
-        answer = b""
+        answer = bytearray()
         try:
             self._channel.settimeout(seconds)
             self._channel.sendall(line)
@@ -128,7 +148,7 @@ class Worker:
                 if not (piece := self._channel.recv(LARGEST_ANSWER)):
                     raise WorkerLost("died", "ended its worker process")
                 answer += piece
-                if len(answer) > LARGEST_ANSWER:
+                if len(answer) > LARGEST_ANSWER * rows:
                     raise WorkerLost("died", "made its worker send too long an answer")
         except TimeoutError:
             raise WorkerLost("timeout", f"was not done after {seconds:g} s") from None
@@ -154,19 +174,30 @@ class Worker:
             self._channel = None
 
 
-def _read_answer(answer: dict[str, Any], token: str, bounds: tuple[float, float] | None) -> Outcome:
-    """What a worker said about a row.
+def _read_answer(answer: dict[str, Any], token: str, job: Job) -> list[Outcome]:
+    """What a worker said about the rows of a job.
 
     Raises:
         WorkerLost: it is not an answer to this question; whoever sent it is not to be asked again.
     """
     match answer:
-        case {"token": str(said), "score": score} if said == token:
-            return outcomes([score], 1, bounds)[0]
-        case {"token": str(said), "fault": [reason, str(message)]} if said == token and reason in FAULTS_OF_WORKERS:
-            shown = message[:MESSAGE_LENGTH]  # it ends on terminals, and a completion may have written it
-            return Fault(reason, "".join(one if one.isprintable() or one == "\n" else "?" for one in shown))
+        case {"token": str(said), "outcomes": list(each)} if said == token and len(each) == job.rows:
+            return [_read_outcome(one, job.bounds) for one in each]
     raise WorkerLost("died", "made its worker send an unreadable answer")
+
+
+def _read_outcome(said: Any, bounds: tuple[float, float] | None) -> Outcome:
+    match said:
+        case [reason, str(message)] if reason in FAULTS_OF_WORKERS:
+            return Fault(reason, shown(message[:MESSAGE_LENGTH]))
+        case list():
+            raise WorkerLost("died", "made its worker send an unreadable answer")
+    return outcomes([said], 1, bounds)[0]
+
+
+def shown(text: str) -> str:
+    """Text of a worker made fit for terminals: a completion may have written it."""
+    return "".join(one if one.isprintable() or one == "\n" else "?" for one in text)
 
 
 def worker_environment(folder: str) -> dict[str, str]:
@@ -178,19 +209,24 @@ def worker_environment(folder: str) -> dict[str, str]:
 
 
 class WorkerPool:
-    """Workers that share the rows of a batch.
+    """Workers that share the jobs of a batch.
 
     Args:
-        rewards: name -> `{"function": path, "args": {...}}` of every reward these workers serve.
+        rewards: name -> `{"function": path, "args": {...}, "unsafe": bool}` of every reward these workers serve.
         workers: how many processes.
         memory_mb: MiB that a worker may use beyond what it holds after its imports.
-        fresh: score each row in a copy of the worker, for scorers that evaluate completions as code.
+        fresh: score each row in an unspoilt process, for scorers that evaluate completions as code.
+        sealed: give up all rights before importing the rewards, whose code is trusted no more than completions.
     """
 
-    def __init__(self, rewards: dict[str, dict[str, Any]], workers: int, memory_mb: int, fresh: bool) -> None:
-        setup = json.dumps({"rewards": rewards, "memory_mb": memory_mb, "fresh": fresh}).encode() + b"\n"
+    def __init__(
+        self, rewards: dict[str, dict[str, Any]], workers: int, memory_mb: int, fresh: bool, sealed: bool
+    ) -> None:
+        settings = {"rewards": rewards, "memory_mb": memory_mb, "fresh": fresh, "sealed": sealed}
+        setup, once = json.dumps(settings).encode() + b"\n", fresh and sealed  # who is sealed cannot copy itself
+        self._names = set(rewards)
         self._folder = tempfile.TemporaryDirectory(prefix="rlbal-rewards-")
-        self._workers = [Worker(setup, self._folder.name) for _ in range(workers)]
+        self._workers = [Worker(setup, self._folder.name, once) for _ in range(workers)]
         # These threads live as long as the pool: a worker is killed when the thread that started it ends.
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="rlbal-rewards")
         self._lock = threading.Lock()
@@ -209,10 +245,23 @@ class WorkerPool:
         """
         self._on_workers(len(self._workers), lambda worker: worker.start(), deque())
 
+    def signatures(self) -> dict[str, Signature]:
+        """What a worker found the functions to be.
+
+        Raises:
+            RewardError: it cannot be started, or did not say.
+        """
+        self._on_workers(1, lambda worker: worker.start(), deque())
+        found = self._workers[0].signatures
+        if set(found) != self._names:
+            raise RewardError("a reward worker did not start", "it sent something else")
+        return found
+
     def score(self, jobs: list[Job]) -> list[Outcome]:
-        """Score the jobs on all workers at once; the results are in their order."""
+        """Score the jobs on all workers at once; the outcomes of their rows are in order."""
         waiting = deque(enumerate(jobs))
-        results: list[Outcome] = [Fault("died", "could not be run: no worker could be started")] * len(jobs)
+        nobody = Fault("died", "could not be run: no worker could be started")
+        results: list[list[Outcome]] = [[nobody] * job.rows for job in jobs]
 
         def serve(worker: Worker) -> None:
             while waiting:
@@ -223,11 +272,11 @@ class WorkerPool:
                 try:
                     results[index] = worker.score(job)
                 except RewardError as error:
-                    results[index] = Fault("died", f"could not be run: {error}")
+                    results[index] = [Fault("died", f"could not be run: {error}")] * job.rows
                     return  # the other workers, if any, go on; trying again for every row could take hours
 
         self._on_workers(min(len(jobs), len(self._workers)), serve, waiting)
-        return results
+        return [one for of_job in results for one in of_job]
 
     def _on_workers(self, count: int, action: Callable[[Worker], None], waiting: deque[Any]) -> None:
         with self._lock:

@@ -3,31 +3,42 @@
 Rewards marked `rowwise: true` run in worker processes, each row with a time limit. All others run in place, on the
 whole batch, because they may look at other rows or at the trainer. They cannot be killed; one with a `timeout` of its
 own gets that many seconds per completion, as far as `rlbal.rewards.in_place` can enforce it.
+
+An isolated suite runs them all in workers and imports none of them here: for evaluating what somebody else wrote.
 """
 
 import asyncio
 import inspect
-import json
 import os
 import threading
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from rlbal.errors import RewardError
-from rlbal.recipe import RewardSpec, RewardsSection
+from rlbal.recipe import Recipe, RewardSpec, RewardsSection
 from rlbal.rewards import in_place
-from rlbal.rewards.loading import TRAINER_ARGUMENTS, check_columns, check_spec, load_function, signature
+from rlbal.rewards.gym_tasks import fit_to_data
+from rlbal.rewards.jobs import make_jobs
+from rlbal.rewards.loading import (
+    WITHOUT_TRAINER,
+    Signature,
+    bind,
+    check_columns,
+    check_spec,
+    load_function,
+    required_columns,
+    signature,
+)
 from rlbal.rewards.outcomes import Failure, Fault, Outcome, merge
-from rlbal.rewards.sandbox import Job, WorkerPool
+from rlbal.rewards.sandbox import WorkerPool
 
 RewardFunction = Callable[..., Any]
 Scores = list[float | None]
+SHIPPED = "reward_fns"
 
 
 class RewardSuite:
@@ -35,21 +46,37 @@ class RewardSuite:
 
     Args:
         section: the recipe's `rewards`.
+        isolated: import and run every reward in workers; those that rlbal does not ship, in sealed ones. What TRL's
+            trainer gives rewards (`trainer_state` and the like) is then None or without effect.
 
     Raises:
         RewardError: a function cannot be loaded or does not fit its entry in the recipe.
     """
 
-    def __init__(self, section: RewardsSection) -> None:
-        self.section = section
-        self.names = list(section.functions)
-        self._loaded = {name: load_function(name, spec.function) for name, spec in section.functions.items()}
-        for name, spec in section.functions.items():
-            check_spec(name, spec, self._loaded[name])
+    def __init__(self, section: RewardsSection, isolated: bool = False) -> None:
+        self.section, self.isolated, self.names = section, isolated, list(section.functions)
+        specs = section.functions
+        self._loaded = {} if isolated else {name: load_function(name, specs[name].function) for name in specs}
         self._failures: list[Failure] = []
         self._lock = threading.Lock()
         self._pools = self._make_pools()
+        try:
+            self._signatures = self._look_at_functions()
+            for name, spec in specs.items():
+                check_spec(name, spec, self._signatures[name])
+        except BaseException:
+            self.close()
+            raise
         self.functions: list[RewardFunction] = [self._callable(name) for name in self.names]
+
+    @classmethod
+    def for_recipe(cls, recipe: Recipe, isolated: bool = False) -> Self:
+        """The rewards of a recipe, fitted to its data (`rlbal.rewards.gym_tasks`).
+
+        Raises:
+            RewardError: as the class itself; or a scorer would evaluate code without `unsafe: true`.
+        """
+        return cls(fit_to_data(recipe), isolated)
 
     def check_columns(self, columns: list[str]) -> None:
         """Check that the rewards find the columns they need among those of the dataset and the trainer.
@@ -57,7 +84,11 @@ class RewardSuite:
         Raises:
             RewardError: naming the reward and the missing column.
         """
-        check_columns(self.section, self._loaded, columns)
+        check_columns(self.section, self._signatures, columns)
+
+    def required_columns(self, name: str) -> tuple[str, ...]:
+        """Dataset columns that a reward cannot do without."""
+        return required_columns(self.section.functions[name], self._signatures[name])
 
     def start(self) -> None:
         """Start all workers now rather than with the first batch, so that a problem shows at once.
@@ -65,7 +96,7 @@ class RewardSuite:
         Raises:
             RewardError: a worker cannot import a reward.
         """
-        for pool in self._pools.values():
+        for pool in set(self._pools.values()):
             pool.start()
 
     def take_failures(self) -> list[Failure]:
@@ -91,7 +122,7 @@ class RewardSuite:
         completion_ids: list[list[int]],
         columns: dict[str, list[Any]],
     ) -> npt.NDArray[np.float64]:
-        """Score completions outside TRL.
+        """Score completions outside TRL; what TRL's trainer gives rewards is None or without effect.
 
         Args:
             prompts, completions: N each, plain or conversational.
@@ -101,7 +132,8 @@ class RewardSuite:
         Returns:
             (N, K) scores; NaN where a reward gave none or failed (see `take_failures`).
         """
-        given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
+        rollouts = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        given = {**WITHOUT_TRAINER, **rollouts, **columns}
         by_reward: dict[int, Scores] = {}
         waiting: dict[int, Awaitable[Scores]] = {}
         for k, function in enumerate(self.functions):
@@ -121,7 +153,7 @@ class RewardSuite:
 
     def close(self) -> None:
         """End the workers."""
-        for pool in self._pools.values():
+        for pool in set(self._pools.values()):
             pool.close()
 
     def __enter__(self) -> Self:
@@ -130,37 +162,42 @@ class RewardSuite:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _make_pools(self) -> dict[bool, WorkerPool]:
-        """Workers for the rowwise rewards, apart for those that evaluate completions as code (`unsafe`)."""
-        rewards: dict[bool, dict[str, dict[str, Any]]] = defaultdict(dict)
+    def _make_pools(self) -> dict[str, WorkerPool]:
+        """The workers of each reward that runs in workers; `unsafe` and untrusted rewards have theirs apart."""
+        rewards: dict[tuple[bool, bool], dict[str, dict[str, Any]]] = defaultdict(dict)
         for name, spec in self.section.functions.items():
-            if spec.rowwise:
+            if spec.rowwise or self.isolated:
                 where, _, function = spec.function.rpartition(":")
                 path = os.path.abspath(where) if where.endswith(".py") or "/" in where else where
-                args = self._arguments(name, spec)
-                rewards[spec.unsafe][name] = {"function": f"{path}:{function}", "args": args}
+                shipped = where.partition(".")[0] == SHIPPED and path == where
+                entry = {"function": f"{path}:{function}", "args": spec.args, "unsafe": spec.unsafe}
+                rewards[spec.unsafe, self.isolated and not shipped][name] = entry
         workers = self.section.workers or default_workers()
-        return {
-            unsafe: WorkerPool(of_pool, workers, self.section.memory_mb, fresh=unsafe)
-            for unsafe, of_pool in rewards.items()
-        }
+        pools: dict[str, WorkerPool] = {}
+        for (fresh, sealed), of_pool in rewards.items():
+            pool = WorkerPool(of_pool, workers, self.section.memory_mb, fresh, sealed)
+            pools |= dict.fromkeys(of_pool, pool)
+        return pools
 
-    def _arguments(self, name: str, spec: RewardSpec) -> dict[str, Any]:
-        named, _ = signature(self._loaded[name])
-        return {**spec.args, "unsafe": spec.unsafe} if "unsafe" in named else dict(spec.args)
+    def _look_at_functions(self) -> dict[str, Signature]:
+        if not self.isolated:
+            return {name: signature(function) for name, function in self._loaded.items()}
+        found = [pool.signatures() for pool in set(self._pools.values())]
+        return {name: said[name] for name in self.names for said in found if name in said}
 
     def _callable(self, name: str) -> RewardFunction:
         """The function TRL gets: it never raises for a failing reward, but records it and gives None."""
-        spec, loaded = self.section.functions[name], self._loaded[name]
+        spec = self.section.functions[name]
         function: RewardFunction
-        if spec.rowwise:
+        if name in self._pools:
 
             def in_workers(completions: list[Any], **given: Any) -> Scores:
-                jobs = make_jobs(name, spec, loaded, self.section.timeout, {"completions": completions, **given})
-                return self._record(name, self._pools[spec.unsafe].score(jobs))
+                timeout = spec.timeout or self.section.timeout
+                jobs = make_jobs(name, spec, self._signatures[name], timeout, {"completions": completions, **given})
+                return self._record(name, self._pools[name].score(jobs))
 
             function = in_workers
-        elif in_place.is_async(loaded):
+        elif in_place.is_async(self._loaded[name]):
 
             async def awaited(completions: list[Any], **given: Any) -> Scores:
                 bound, N = self._bind(name, {"completions": completions, **given}), len(completions)
@@ -178,10 +215,8 @@ class RewardSuite:
         return function
 
     def _bind(self, name: str, given: dict[str, Any]) -> Callable[[], Any]:
-        """The reward with what it accepts of the given arguments; the recipe's `args` win over columns."""
-        named, takes_any = signature(self._loaded[name])
-        accepted = {key: value for key, value in given.items() if takes_any or key in named}
-        return partial(self._loaded[name], **{**accepted, **self._arguments(name, self.section.functions[name])})
+        spec = self.section.functions[name]
+        return bind(self._loaded[name], spec.args, spec.unsafe, given)
 
     def _record(self, name: str, judged: list[Outcome]) -> Scores:
         failures = [Failure(name, one.reason, 1, one.message) for one in judged if isinstance(one, Fault)]
@@ -194,37 +229,6 @@ class RewardSuite:
 def limit(spec: RewardSpec, N: int) -> float | None:
     """Seconds that a reward in place may take for N completions; it has a limit only if the recipe gives it one."""
     return spec.timeout * N if spec.timeout else None
-
-
-def make_jobs(
-    name: str, spec: RewardSpec, function: RewardFunction, default_timeout: float, given: dict[str, Any]
-) -> list[Job]:
-    """One job per row, with the columns that the function names, or all that JSON can carry if it has `**kwargs`.
-
-    Raises:
-        RewardError: a column that the function names cannot be written as JSON, or has not one value per completion.
-    """
-    named, takes_any = signature(function)
-    N, timeout = len(given["completions"]), spec.timeout or default_timeout
-    columns: dict[str, list[Any]] = {}
-    for column, values in given.items():
-        if column in TRAINER_ARGUMENTS or column in spec.args or not (takes_any or column in named):
-            continue
-        try:
-            json.dumps(values)
-        except (TypeError, ValueError) as error:
-            if column not in named:
-                continue
-            raise RewardError(
-                f"reward `{name}`: column `{column}` cannot go to a worker process",
-                why=f"rows travel as JSON: {error}",
-                fix=f"set `rewards.functions.{name}.rowwise: false`, or turn the column into text or numbers",
-            ) from None
-        if len(values) != N:
-            raise RewardError(f"reward `{name}`: column `{column}` has {len(values)} values for {N} completions")
-        columns[column] = values
-    rows = [{key: [values[n]] for key, values in columns.items()} for n in range(N)]
-    return [Job(json.dumps({"reward": name, "timeout": timeout, "columns": row}), timeout, spec.range) for row in rows]
 
 
 def default_workers() -> int:

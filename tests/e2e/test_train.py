@@ -28,15 +28,15 @@ def first(completions, **kwargs):
 def interrupting(completions, **kwargs):
     """Presses Ctrl-C in the second batch."""
     global calls
-    calls += 'trainer_state' in kwargs  # not when evaluating
-    if calls == 2 and 'trainer_state' in kwargs:
+    calls += bool(kwargs.get('trainer_state'))  # not when evaluating
+    if calls == 2 and kwargs.get('trainer_state'):
         os.kill(os.getpid(), signal.SIGINT)
     return [float(len(text) % 2) for text in completions]
 def breaking(completions, **kwargs):
     """Raises in the second batch."""
     global calls
-    calls += 'trainer_state' in kwargs  # not when evaluating
-    if calls == 2 and 'trainer_state' in kwargs:
+    calls += bool(kwargs.get('trainer_state'))  # not when evaluating
+    if calls == 2 and kwargs.get('trainer_state'):
         raise KeyError("the unit table")
     return [float(len(text) % 2) for text in completions]
 def needs_unit(completions, unit, **kwargs):

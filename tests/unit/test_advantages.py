@@ -133,6 +133,13 @@ def test_a_group_of_equal_rewards_teaches_nothing(baseline, scale, order):
     assert values[3] > 0 > values[4]
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("baseline", "scale"), [("none", "group_std"), ("none", "batch_std"), ("batch", "group_std")])
+def test_a_std_of_0_gives_0_also_where_the_mean_is_not_subtracted(baseline, scale, order):
+    rewards, groups = [[0.1], [0.1], [0.1], [0.1]], [0, 0, 1, 1]
+    assert compute(rewards, groups, [0.3], AdvantageRule(baseline, scale, order))[0] == [0, 0, 0, 0]
+
+
 @pytest.mark.parametrize("whiten", [False, True])
 @pytest.mark.parametrize(("scale", "order"), [("group_std", ORDERS[0]), ("batch_std", ORDERS[1]), ("beta", ORDERS[1])])
 def test_a_batch_without_any_reward_is_all_zero(scale, order, whiten):

@@ -30,6 +30,10 @@ def reference(rewards, groups, weights, rule, ranges):
             return 0.0
         return math.sqrt(sum((number - mean(numbers)) ** 2 for number in numbers) / (len(numbers) - 1))
 
+    def spread(numbers):
+        """What a std scale divides by; without spread there is no signal."""
+        return std(numbers) + EPS if std(numbers) > 1e-8 else math.inf
+
     def mates(i):
         return [j for j in rows if groups[j] == groups[i]]
 
@@ -57,8 +61,8 @@ def reference(rewards, groups, weights, rule, ranges):
         ]
         m = mean(p_P)
         v = sum((p - m) ** 2 for p in p_P) / len(p_P)
-        spread = m * (1 - m) / v - 1 if v > 1e-12 else 0.0
-        a, b = max(1, 1 + spread * m / 3), max(1, 1 + spread * (1 - m) / 3)
+        size = m * (1 - m) / v - 1 if v > 1e-12 else 0.0
+        a, b = max(1, 1 + size * m / 3), max(1, 1 + size * (1 - m) / 3)
         p = mean(values(k, mates(i)))
         log_normaliser = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
         return math.exp((a - 1) * math.log(p) + (b - 1) * math.log(1 - p) - log_normaliser) if 0 < p < 1 else 1.0
@@ -70,8 +74,8 @@ def reference(rewards, groups, weights, rule, ranges):
         if rule.order == "sum_then_normalize":
             divisor = {
                 "none": lambda: 1.0,
-                "group_std": lambda own=own: std([total(j, "group") for j in own]) + EPS,
-                "batch_std": lambda: std([total(j, "batch") for j in scored]) + EPS,
+                "group_std": lambda own=own: spread([total(j, "group") for j in own]),
+                "batch_std": lambda: spread([total(j, "batch") for j in scored]),
             }[rule.scale]()
             result[i] = total(i, rule.baseline) / divisor
         else:
@@ -79,8 +83,8 @@ def reference(rewards, groups, weights, rule, ranges):
             for k in [k for k in kinds if not math.isnan(rewards[i][k])]:
                 divisor = {
                     "none": lambda: 1.0,
-                    "group_std": lambda i=i, k=k: std(values(k, mates(i))) + EPS,
-                    "batch_std": lambda k=k: std(values(k, rows)) + EPS,
+                    "group_std": lambda i=i, k=k: spread(values(k, mates(i))),
+                    "batch_std": lambda k=k: spread(values(k, rows)),
                     "beta": lambda i=i, k=k: density(i, k),
                 }[rule.scale]()
                 result[i] += weights[k] * centred(i, k, rule.baseline) / divisor

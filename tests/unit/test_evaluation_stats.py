@@ -34,10 +34,10 @@ def test_pass_at_k_stays_exact_for_many_samples() -> None:
 
 
 def test_per_prompt_by_hand() -> None:
-    """Two prompts, three samples; the success reward ranges over [−1, 1], so 0 maps to 0.5 and counts as solved."""
+    """Two prompts, three samples; the success reward ranges over [−1, 1], so 0 maps to 0.5: half marks, not solved."""
     rewards_PSK = np.array(
         [
-            [[1.0, 10.0], [0.0, NAN], [-1.0, 30.0]],  # mapped 1, 0.5, 0: two of three solved
+            [[1.0, 10.0], [0.0, NAN], [-1.0, 30.0]],  # mapped 1, 0.5, 0: one of three solved
             [[NAN, NAN], [-0.2, NAN], [NAN, NAN]],  # one scored sample, mapped 0.4: not solved
         ]
     )
@@ -51,8 +51,8 @@ def test_per_prompt_by_hand() -> None:
         pass_at=[1, 2],
     )
     expected = {
-        "pass@1": [2 / 3, 0.0],
-        "pass@2": [1.0, NAN],  # 1 − C(1,2)/C(3,2) = 1; the second prompt has one sample only
+        "pass@1": [1 / 3, 0.0],
+        "pass@2": [2 / 3, NAN],  # 1 − C(2,2)/C(3,2) = 2/3; the second prompt has one sample only
         "mean@3": [0.5, 0.4],
         "reward/correct": [0.0, -0.2],
         "reward/style": [20.0, NAN],

@@ -158,15 +158,6 @@ def test_nearest_lists_few_options_and_stays_silent_about_many():
             "`advantage.scale: group_std` needs several rollouts per prompt, but `algorithm.rollouts_per_prompt` is 1; "
             "use at least 2, or `advantage.scale: none` or `batch_std`",
         ),
-        *(
-            (
-                [f"advantage.baseline={baseline}", f"advantage.scale={scale}"],
-                f"`advantage.scale: {scale}` divides by the spread around a mean that `advantage.baseline: {baseline}` "
-                "does not subtract: where rewards are all equal the spread is 0 and the advantages are 10,000 times "
-                "the rewards; use `advantage.scale: none` or another baseline",
-            )
-            for baseline, scale in [("none", "group_std"), ("none", "batch_std"), ("batch", "group_std")]
-        ),
         (
             ["advantage.scale=beta", "rewards.functions.correct.range=[0, 1]"],
             "`advantage.scale: beta` normalises each reward by its own Beta density, so it needs "

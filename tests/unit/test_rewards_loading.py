@@ -5,7 +5,7 @@ import pytest
 
 from rlbal.errors import RewardError
 from rlbal.recipe import RewardSpec, RewardsSection
-from rlbal.rewards.loading import check_columns, check_spec, load_function, required_columns
+from rlbal.rewards.loading import Signature, bind, check_columns, check_spec, load_function, required_columns, signature
 
 HERE = Path(__file__).parent
 HOSTILE = str(HERE / "hostile_rewards.py")
@@ -13,6 +13,10 @@ HOSTILE = str(HERE / "hostile_rewards.py")
 
 def spec(function: str, **rest: Any) -> RewardSpec:
     return RewardSpec.model_validate({"function": function, **rest})
+
+
+def signature_of(function: str) -> Signature:
+    return signature(load_function("mine", function))
 
 
 def test_a_module_and_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,6 +36,7 @@ def test_a_module_and_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("no/such/file.py:f", "no file"),
         (f"{HERE}/hostile_reward.py:f", "Did you mean `.*hostile_rewards.py`"),
         (f"{HOSTILE}:NOT_A_FUNCTION", "is a int, not a function"),
+        ("builtins:max", "does not say which arguments it takes"),
     ],
 )
 def test_what_cannot_be_loaded(path: str, message: str) -> None:
@@ -69,23 +74,34 @@ def test_imports_that_fail_say_why(tmp_path: Path, code: str, message: str) -> N
 )
 def test_entries_that_do_not_fit_their_function(entry: RewardSpec, message: str) -> None:
     with pytest.raises(RewardError, match=message):
-        check_spec("mine", entry, load_function("mine", entry.function))
+        check_spec("mine", entry, signature_of(entry.function))
 
 
 def test_required_columns() -> None:
     matches = spec(f"{HOSTILE}:matches")
-    function = load_function("m", matches.function)
-    assert required_columns(matches, function) == ("answer",)
-    assert required_columns(spec(f"{HOSTILE}:matches", args={"answer": ["4"]}), function) == ()
+    said = signature_of(matches.function)
+    assert required_columns(matches, said) == ("answer",)
+    assert required_columns(spec(f"{HOSTILE}:matches", args={"answer": ["4"]}), said) == ()
     score = spec("reward_fns.reasoning_gym:score", rowwise=True)
-    assert required_columns(score, load_function("s", score.function)) == ("question", "answer", "metadata")
-    assert required_columns(score, load_function("s", "reward_fns.length:band")) == ()
-    assert required_columns(score, load_function("s", f"{HOSTILE}:wants_state")) == ()
+    assert required_columns(score, signature_of(score.function)) == ("question", "answer", "metadata")
+    assert required_columns(score, signature_of("reward_fns.length:band")) == ()
+    assert required_columns(score, signature_of("reward_fns.length:conciseness")) == ()
+    assert required_columns(score, signature_of(f"{HOSTILE}:wants_state")) == ()
+
+
+def test_the_recipe_wins_over_columns_of_the_same_name() -> None:
+    """Else a dataset with a column `unsafe` could allow what the recipe does not."""
+
+    def echo(completions: list[str], unsafe: bool, bonus: float, **kwargs: Any) -> list[Any]:
+        return [unsafe, bonus, kwargs]
+
+    given = {"completions": ["x"], "unsafe": [True], "bonus": [9.0], "level": [3]}
+    assert bind(echo, {"bonus": 0.5}, False, given)() == [False, 0.5, {"level": [3]}]
 
 
 def test_missing_columns_name_reward_and_column() -> None:
     section = RewardsSection.model_validate({"functions": {"right": {"function": f"{HOSTILE}:matches"}}})
-    functions = {"right": load_function("right", f"{HOSTILE}:matches")}
-    check_columns(section, functions, ["prompt", "answer"])
+    signatures = {"right": signature_of(f"{HOSTILE}:matches")}
+    check_columns(section, signatures, ["prompt", "answer"])
     with pytest.raises(RewardError, match="reward `right` needs column `answer`; the dataset has `prompt`, `solution`"):
-        check_columns(section, functions, ["solution", "prompt"])
+        check_columns(section, signatures, ["solution", "prompt"])

@@ -3,6 +3,7 @@ can try everything that an exploited scorer could.
 """
 
 import json
+import math
 import os
 import signal
 import socket
@@ -19,7 +20,7 @@ import pytest
 from rlbal.errors import RewardError
 from rlbal.recipe import RewardsSection
 from rlbal.rewards.outcomes import Fault
-from rlbal.rewards.sandbox import WorkerLost, _read_answer
+from rlbal.rewards.sandbox import Job, WorkerLost, _read_answer
 from rlbal.rewards.suite import RewardSuite
 
 HOSTILE = str(Path(__file__).parent / "hostile_rewards.py")
@@ -163,8 +164,8 @@ def test_printing_is_harmless(suite: RewardSuite) -> None:
         r"b'garbage\n'",
         r"b'[' * 50_000 + b'\n'",
         r"b'\xff\xfe\n'",
-        r"""b'{"token": "0123456789abcdef", "score": 1.0}\n'""",
-        r"""b'{"fault": ["timeout", 3, 4]}\n'""",
+        r"""b'{"token": "0123456789abcdef", "outcomes": [1.0]}\n'""",
+        r"""b'{"outcomes": ["timeout", 3, 4]}\n'""",
         "b'x' * 10**8",
     ],
     ids=["garbage", "deep", "not-utf8", "forged", "misshapen", "endless"],
@@ -188,29 +189,33 @@ def test_meddling_with_the_answer_channel_costs_one_row(suite: RewardSuite, repl
     "answer",
     [
         {},
-        {"token": "other", "score": 1.0},
-        {"token": ["t"], "score": 1.0},
+        {"token": "other", "outcomes": [1.0, 1.0]},
+        {"token": ["t"], "outcomes": [1.0, 1.0]},
         {"token": "t"},
-        {"token": "t", "fault": 3},
-        {"token": "t", "fault": ["raised"]},
-        {"token": "t", "fault": ["raised", 3]},
-        {"token": "t", "fault": [["raised"], "x"]},
-        {"token": "t", "fault": ["skipped", "x"]},
+        {"token": "t", "outcomes": 3},
+        {"token": "t", "outcomes": [1.0]},
+        {"token": "t", "outcomes": [1.0, 1.0, 1.0]},
+        {"token": "t", "outcomes": [1.0, ["raised"]]},
+        {"token": "t", "outcomes": [1.0, ["raised", 3]]},
+        {"token": "t", "outcomes": [1.0, [["raised"], "x"]]},
+        {"token": "t", "outcomes": [1.0, ["skipped", "x"]]},
     ],
 )
 def test_answers_that_no_worker_would_give(answer: dict[str, Any]) -> None:
     with pytest.raises(WorkerLost, match="unreadable"):
-        _read_answer(answer, "t", None)
+        _read_answer(answer, "t", Job("", 2, 1.0, None))
 
 
 def test_answers_are_judged_again_and_cleaned() -> None:
-    assert _read_answer({"token": "t", "score": 0.5}, "t", (0, 1)) == 0.5
-    for score, reason in ((2.0, "out_of_range"), (float("nan"), "nan"), ("1", "not_a_number"), ([1], "not_a_number")):
-        judged = _read_answer({"token": "t", "score": score}, "t", (0, 1))
-        assert isinstance(judged, Fault) and judged.reason == reason
-    fault = _read_answer({"token": "t", "fault": ["raised", "a\x1b[2J\ud800é" + "x" * 9999]}, "t", None)
-    assert isinstance(fault, Fault)
-    assert fault.message.startswith("a?[2J?éx") and len(fault.message) == 1000
+    job = Job("", 5, 1.0, (0, 1))
+    fault = ["raised", "a\x1b[2J\ud800é" + "x" * 9999]
+    right, high, nan, text, raised = _read_answer(
+        {"token": "t", "outcomes": [0.5, 2.0, math.nan, "1", fault]}, "t", job
+    )
+    assert right == 0.5
+    faults = [one for one in (high, nan, text, raised) if isinstance(one, Fault)]
+    assert [one.reason for one in faults] == ["out_of_range", "nan", "not_a_number", "raised"]
+    assert faults[-1].message.startswith("a?[2J?éx") and len(faults[-1].message) == 1000
 
 
 @pytest.mark.parametrize(
@@ -317,9 +322,9 @@ def test_an_import_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.Mo
 def test_closing_ends_the_workers_and_their_folder() -> None:
     with suite_of({"code": {"function": f"{HOSTILE}:run_code", "rowwise": True}}) as made:
         made.start()
-        (worker,) = made._pools[False]._workers
+        (worker,) = made._pools["code"]._workers
         assert worker._process is not None
-        pid, folder = worker._process.pid, Path(made._pools[False]._folder.name)
+        pid, folder = worker._process.pid, Path(made._pools["code"]._folder.name)
         assert Path(f"/proc/{pid}").exists() and folder.is_dir()
     assert not Path(f"/proc/{pid}").exists() and not folder.exists()
 
@@ -337,7 +342,7 @@ def test_busy_workers_end_when_the_trainer_is_killed(tmp_path: Path) -> None:
         row = dict(prompts=["?"], completions=["while True: pass"], completion_ids=[[1]])
         threading.Thread(target=suite.functions[0], kwargs=row, daemon=True).start()
         time.sleep(0.5)
-        print(suite._pools[False]._workers[0]._process.pid, flush=True)
+        print(suite._pools["code"]._workers[0]._process.pid, flush=True)
         time.sleep(60)
     """
     with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True) as trainer:
