@@ -53,7 +53,10 @@ def _number(name: str, value: float) -> str:
 def _cell(evaluation: Evaluation, name: str) -> str:
     value = _number(name, evaluation.metrics.get(name, math.nan))
     low, high = evaluation.intervals.get(name, (math.nan, math.nan))
-    return value if math.isnan(low) else f"{value} [{_number(name, low)}, {_number(name, high)}]"
+    if math.isnan(low):
+        return value
+    # Without the leading zeros, two evaluations and their change fit into 80 columns.
+    return f"{value} [{_number(name, low).removeprefix('0')}, {_number(name, high).removeprefix('0')}]"
 
 
 def _metric_names(evaluations: dict[str, Evaluation]) -> list[str]:

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
     from rlbal.rewards.suite import RewardSuite
 
-# Columns that hold a gold answer, and those that hold a whole worked solution, most usual names first.
+# Columns that hold a gold answer, most usual names first, and the one that holds a worked solution beside it.
 ANSWERS = ("answer", "gold", "target", "ground_truth", "solution", "label")
-SOLUTIONS = ("solution", "answer")
+SOLUTION = "solution"
 # How a model might write a gold answer. Each reward is judged on the form in which these first rows score highest.
 FORMS = {
     "as it stands": "{solution}",
@@ -107,7 +107,7 @@ def final(solution: str) -> str:
 
 def _write(rows: "Dataset", column: str) -> dict[str, list[str]]:
     """Every gold answer in every form."""
-    worked = next((name for name in SOLUTIONS if name in rows.column_names), column)
+    worked = SOLUTION if SOLUTION in rows.column_names else column
     pairs = [(final(str(answer)), str(solution)) for answer, solution in zip(rows[column], rows[worked], strict=True)]
     return {
         form: [template.format(answer=answer, solution=solution) for answer, solution in pairs]
@@ -119,9 +119,12 @@ def _best_form(means: dict[str, float]) -> str:
     return max(means, key=lambda form: np.nan_to_num(means[form], nan=-np.inf))
 
 
-def _means(suite: "RewardSuite", rows: "Dataset", texts: list[str]) -> Array:
-    """(K,) mean of each reward over the rows that it scored, NaN without any."""
+def _means(suite: "RewardSuite", rows: "Dataset", texts: list[str]) -> list[float]:
     # Length rewards want tokens; characters stand in for them, since no gold answer has been tokenized.
-    rewards_NK = score_texts(suite, rows[:], texts, [[0] * len(text) for text in texts])
-    scored_K = (~np.isnan(rewards_NK)).sum(axis=0)
-    return np.where(scored_K > 0, np.nansum(rewards_NK, axis=0) / np.maximum(scored_K, 1), np.nan)
+    return means(score_texts(suite, rows[:], texts, [[0] * len(text) for text in texts]))
+
+
+def means(rewards_NK: Array) -> list[float]:
+    """The mean of each reward over the rows that it scored, NaN without any."""
+    scored_KN = [column[~np.isnan(column)] for column in rewards_NK.T]
+    return [float(scores.mean()) if len(scores) else np.nan for scores in scored_KN]

@@ -7,6 +7,7 @@ import numpy as np
 
 from rlbal.check_report import figure
 from rlbal.evaluation import score_texts
+from rlbal.gold import means
 from rlbal.recipe import EvaluationSection, Recipe
 
 if TYPE_CHECKING:
@@ -71,13 +72,10 @@ def probe(
     rewards_NK = score_texts(suite, rows[:], [one.text for one in flat], [one.ids for one in flat])
     success_PG = rewards_NK[:, suite.names.index(recipe.rewards.success_name)].reshape(len(samples), count)
     spread_P = np.fmax.reduce(success_PG, axis=1) - np.fmin.reduce(success_PG, axis=1)
-    means = [
-        float(np.mean(column[~np.isnan(column)])) if not np.isnan(column).all() else np.nan for column in rewards_NK.T
-    ]
     return ProbeResult(
         prompts=len(samples),
         rollouts=len(flat),
         truncated=float(np.mean([one.truncated for one in flat])),
         dead_groups=float(np.mean(~(spread_P > 0))),
-        means=dict(zip(suite.names, means, strict=True)),
+        means=dict(zip(suite.names, means(rewards_NK), strict=True)),
     )

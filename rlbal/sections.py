@@ -42,7 +42,7 @@ class AlgorithmSection(Section):
 class WarmStartSection(Section):
     """Supervised start of the tiny model on worked traces that carry a planted flaw (see `rlbal.warm_start`)."""
 
-    steps: int = Field(default=2000, ge=1)
+    steps: int = Field(default=1500, ge=1)
     batch_size: int = Field(default=32, ge=1)
     learning_rate: float = Field(default=4e-3, gt=0)
     carry_error: float = Field(
@@ -51,7 +51,7 @@ class WarmStartSection(Section):
     random_error: float = Field(
         default=0.05, ge=0, le=1, description="Probability that a step is off by a random amount."
     )
-    repeat_step: float = Field(default=0.3, ge=0, le=1, description="Probability that a worked step is written twice.")
+    repeat_step: float = Field(default=0.5, ge=0, le=1, description="Probability that a worked step is written twice.")
     drop_tag: float = Field(default=0.15, ge=0, le=1, description="Probability that one of the four tags is left out.")
 
 

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass, field
 
+import torch
 from transformers import PreTrainedModel
 
 from rlbal.scaling.compute import ModelShape
@@ -43,11 +44,13 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
     Under ZeRO-3 a parameter's own size is 0 on this process; DeepSpeed keeps the true one in `ds_numel`.
     """
     config = model.config.get_text_config()
-    parameters = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
-    total = sum(size for name, size in parameters.items() if "lora_" not in name)
-    embedding = model.get_input_embeddings().weight
+    total = sum(_size(parameter) for name, parameter in model.named_parameters() if "lora_" not in name)
     # A tied embedding is the output head too, so it multiplies once.
     if not config.tie_word_embeddings:
-        total -= getattr(embedding, "ds_numel", embedding.numel())
+        total -= sum(_size(parameter) for parameter in model.get_input_embeddings().parameters())
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ModelShape(total, config.num_hidden_layers, config.num_attention_heads * head_size)
+
+
+def _size(parameter: torch.nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())
