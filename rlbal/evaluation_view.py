@@ -55,8 +55,9 @@ def _cell(evaluation: Evaluation, name: str) -> str:
     low, high = evaluation.intervals.get(name, (math.nan, math.nan))
     if math.isnan(low):
         return value
-    # Without the leading zeros, two evaluations and their change fit into 80 columns.
-    return f"{value} [{_number(name, low).removeprefix('0')}, {_number(name, high).removeprefix('0')}]"
+    # Shortened so that two evaluations and their change fit into 80 columns: .842 for 0.842, 1.00 for 1.000.
+    short = [_number(name, bound).removeprefix("0").replace("1.000", "1.00") for bound in (low, high)]
+    return f"{value} [{short[0]}, {short[1]}]"
 
 
 def _metric_names(evaluations: dict[str, Evaluation]) -> list[str]:

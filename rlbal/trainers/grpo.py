@@ -30,6 +30,7 @@ from rlbal.batch import RolloutBatch, batch_metrics, group_rows
 from rlbal.errors import TrainingStopped
 from rlbal.evaluation import Evaluation
 from rlbal.prompts.allocation import uniform_counts
+from rlbal.prompts.budget import NoBudget
 from rlbal.recipe import Recipe
 from rlbal.rewards.outcomes import merge, verdict
 from rlbal.rewards.suite import RewardSuite
@@ -70,6 +71,7 @@ class BalancedGRPOTrainer(GRPOTrainer):
         functions = recipe.rewards.functions
         self.rule = AdvantageRule(**recipe.advantage.model_dump())
         self.weighting = FixedWeighting([spec.weight for spec in functions.values()])
+        self.budget = NoBudget()
         ranges = [spec.range for spec in functions.values()]
         self.ranges_K2 = torch.tensor(ranges) if all(ranges) else None
         self.success = list(functions).index(recipe.rewards.success_name)
@@ -168,7 +170,8 @@ class BalancedGRPOTrainer(GRPOTrainer):
         self.totals.rollouts += len(completion_tokens)
         self.totals.tokens_generated += sum(completion_tokens)
         self.totals.flops += rollout_flops(self.shape, prompt_tokens, completion_tokens, self.num_iterations)
-        self._report = batch_metrics(batch, weights_K, names, self.success)
+        budget = self.budget.tokens(self.state.global_step)
+        self._report = batch_metrics(batch, weights_K, names, self.success, budget)
         self._report["advantage/abs_mean"] = advantages_N.abs().mean().item()
         for detail, values in details.items():
             self._report |= {f"beta/{detail}/{name}": value for name, value in zip(names, values, strict=True)}

@@ -73,6 +73,16 @@ def test_the_loader_yields_positions_and_rows_are_fetched_when_due(tmp_path: Pat
         assert [groups.count(index) for index in dict.fromkeys(groups)] == [4, 4, 4, 4]
 
 
+def test_every_epoch_visits_every_prompt_in_an_order_of_its_own(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, trainer__max_steps=12)  # 6 batches of 4 prompts are an epoch of the 24
+    visited = [list(dict.fromkeys(row["prompt_index"] for row in rows)) for rows in trainer.generated]
+    epochs = [[index for block in visited[start : start + 6] for index in block] for start in (0, 6)]
+    assert epochs[0] != epochs[1]
+    for epoch, order in enumerate(epochs):
+        generator = torch.Generator().manual_seed(trainer.args.seed + epoch)
+        assert order == torch.randperm(24, generator=generator).tolist()
+
+
 def test_generation_happens_once_per_cycle(tmp_path: Path) -> None:
     changes = {
         "trainer__per_device_train_batch_size": 4,

@@ -35,7 +35,7 @@ def test_counts(batch):
 
 
 def test_metrics_by_hand(batch):
-    metrics = batch_metrics(batch, torch.tensor([1.0, 0.5, 0.0]), ["correct", "format", "absent"], success=0)
+    metrics = batch_metrics(batch, torch.tensor([1.0, 0.5, 0.0]), ["correct", "format", "absent"], success=0, budget=25)
     nothing = metrics.pop("reward/absent/mean")
     assert math.isnan(nothing)
     assert metrics == pytest.approx(
@@ -64,10 +64,13 @@ def test_metrics_by_hand(batch):
             "any_reward_gradient_ratio": 0.5,
             "length/mean": 35.0,
             "length/truncated": 2 / 6,
+            "length/over_budget": 4 / 6,
+            "budget/tokens": 25,
         }
     )
 
 
 def test_the_gradient_ratio_is_of_the_success_reward(batch):
-    metrics = batch_metrics(batch, torch.ones(3), ["correct", "format", "absent"], success=1)
+    metrics = batch_metrics(batch, torch.ones(3), ["correct", "format", "absent"], success=1, budget=None)
+    assert math.isnan(metrics["budget/tokens"]) and math.isnan(metrics["length/over_budget"])
     assert (metrics["effective_gradient_ratio"], metrics["any_reward_gradient_ratio"]) == (0.0, 0.5)

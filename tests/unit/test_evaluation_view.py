@@ -48,7 +48,7 @@ def test_before_and_after_fit_80_columns() -> None:
     lines = shown(table({"warm start": BEFORE, "trained": AFTER}))
     assert line_with(lines, "metric") == ["metric", "warm start", "trained", "change"]
     assert line_with(lines, "pass@1") == ["pass@1", "0.410 [.380, .440]", "0.880 [.860, .900]", "+0.470"]
-    assert line_with(lines, "format") == ["reward/format", "–", "0.990 [0.980, 1.000]", "–"]
+    assert line_with(lines, "format") == ["reward/format", "–", "0.990 [.980, 1.00]", "–"]
     assert line_with(lines, "length") == ["length/mean", "31.0 [30.0, 32.0]", "29.5 [29.0, 30.0]", "-1.5"]
 
 
