@@ -61,7 +61,7 @@ class TinySection(Section):
     hidden_size: int = Field(default=96, ge=8)
     layers: int = Field(default=3, ge=1)
     heads: int = Field(default=4, ge=1)
-    max_positions: int = Field(default=1024, ge=16)
+    max_positions: int = Field(default=2048, ge=16)
     phrases: list[str] = Field(default_factory=list, description="Strings that become one ordinary token each.")
     warm_start: WarmStartSection | None = Field(default=None, description="Leave out for a random model.")
 

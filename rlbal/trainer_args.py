@@ -127,8 +127,9 @@ class BatchPlan:
 
     def explain(self) -> str:
         """The arithmetic in one sentence."""
+        processes = "process" if self.num_processes == 1 else "processes"
         return (
-            f"{self.num_processes} processes x {self.per_device} rows per device x {self.steps_per_generation} steps "
+            f"{self.num_processes} {processes} x {self.per_device} rows per device x {self.steps_per_generation} steps "
             f"per generation = {self.rollouts} rollouts = {self.prompts} prompts x {self.rollouts_per_prompt} "
             "rollouts; "
             f"optimizer step every {self.accumulation} micro-batches of {self.per_device * self.num_processes} rows"

@@ -95,9 +95,10 @@ def plot(results: dict[int, dict[str, Any]]) -> None:
     for offset, (when, colour) in enumerate((("before", "#999999"), ("after", BLUE))):
         means = [np.mean([result["by_difficulty"][when][value] for result in results.values()]) for value in values]
         right.bar(places + 0.4 * offset - 0.2, means, 0.38, color=colour, label=f"{when} RL")
-    right.set(title="Held-out problems solved", xlabel="terms in the sum", ylim=(0, 1.02))
+    right.set(title="Held-out problems solved", xlabel="terms in the sum", ylim=(0, 1.2))
     right.set_xticks(places, values)
-    right.legend(frameon=False, loc="upper center", ncols=2, bbox_to_anchor=(0.5, 1.0), facecolor="white", framealpha=1)
+    right.set_yticks(np.arange(0, 1.01, 0.2))
+    right.legend(frameon=False, loc="upper center", ncols=2)
     figure.savefig(FOLDER / "learning.png", dpi=130)
 
 

@@ -77,7 +77,7 @@ def steps(run: RunDirectory) -> list[int]:
 
 
 def test_a_run_leaves_everything_it_promises(tmp_path: Path) -> None:
-    recipe = recipe_for(tmp_path)
+    recipe = recipe_for(tmp_path, save_steps=1, save_total_limit=1, report_to="tensorboard")
     run = RunDirectory(train(recipe))
 
     assert run.recipe() == recipe
@@ -98,7 +98,9 @@ def test_a_run_leaves_everything_it_promises(tmp_path: Path) -> None:
     best = json.loads((run.path / "best.json").read_text())
     scored = {evaluation["step"]: evaluation["metrics"]["pass@1"] for evaluation in evaluations if evaluation["step"]}
     assert best["value"] == max(scored.values()) == scored[best["step"]]
-    assert (run.path / best["checkpoint"]) in run.checkpoints()
+    kept = {checkpoint.name for checkpoint in run.checkpoints()}
+    assert kept == {best["checkpoint"], "checkpoint-4"}
+    assert list(run.path.glob("**/events.out.tfevents.*")), "TRL's report_to should be untouched"
 
     model = AutoModelForCausalLM.from_pretrained(run.model_path)
     assert AutoTokenizer.from_pretrained(run.model_path)("4").input_ids
@@ -170,6 +172,15 @@ def test_too_few_prompts_for_one_batch(tmp_path: Path) -> None:
 def test_resume_without_a_checkpoint_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"no checkpoint to resume from[\s\S]*--overwrite"):
         train(recipe_for(tmp_path), resume=True)
+
+
+def test_chat_prompts(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, max_steps=1)
+    data = recipe.data.model_copy(update={"system": "Answer with a number.", "conversational": True})
+    run = RunDirectory(train(recipe.model_copy(update={"data": data})))
+    (first, *_) = read_jsonl(run.evaluations_path)
+    assert first["examples"][0]["prompt"][0] == {"role": "system", "content": "Answer with a number."}
+    assert steps(run) == [1]
 
 
 def test_lora_trains_and_its_folder_loads(tmp_path: Path) -> None:
