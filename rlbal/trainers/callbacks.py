@@ -55,7 +55,8 @@ class RunRecorder(TrainerCallback):
         # The Trainer compares after this callback; asking for a checkpoint here keeps the best one.
         name = args.metric_for_best_model
         value = (metrics or {}).get(name) if name else None
-        if value is None or state.global_step == 0 or not value > (state.best_metric or float("-inf")):
+        best_before = float("-inf") if state.best_metric is None else state.best_metric
+        if value is None or state.global_step == 0 or not value > best_before:
             return
         control.should_save = True
         if state.is_world_process_zero:

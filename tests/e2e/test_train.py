@@ -39,6 +39,8 @@ def breaking(completions, **kwargs):
     if calls == 2 and kwargs.get('trainer_state'):
         raise KeyError("the unit table")
     return [float(len(text) % 2) for text in completions]
+def of_chat(completions, **kwargs):
+    return [float(len(messages[0]["content"]) % 2) for messages in completions]
 def needs_unit(completions, unit, **kwargs):
     return [0.0 for _ in completions]
 '''
@@ -77,7 +79,7 @@ def steps(run: RunDirectory) -> list[int]:
 
 
 def test_a_run_leaves_everything_it_promises(tmp_path: Path) -> None:
-    recipe = recipe_for(tmp_path, save_steps=1, save_total_limit=1, report_to="tensorboard")
+    recipe = recipe_for(tmp_path, save_steps=1, save_total_limit=2, report_to="tensorboard")
     run = RunDirectory(train(recipe))
 
     assert run.recipe() == recipe
@@ -97,7 +99,8 @@ def test_a_run_leaves_everything_it_promises(tmp_path: Path) -> None:
         assert {"rollouts", "tokens_generated", "flops", "gpu_seconds"} <= set(evaluation)
     best = json.loads((run.path / "best.json").read_text())
     scored = {evaluation["step"]: evaluation["metrics"]["pass@1"] for evaluation in evaluations if evaluation["step"]}
-    assert best["value"] == max(scored.values()) == scored[best["step"]]
+    assert best["value"] == max(scored.values())
+    assert best["step"] == min(step for step, value in scored.items() if value == best["value"])
     kept = {checkpoint.name for checkpoint in run.checkpoints()}
     assert kept == {best["checkpoint"], "checkpoint-4"}
     assert list(run.path.glob("**/events.out.tfevents.*")), "TRL's report_to should be untouched"
@@ -175,7 +178,7 @@ def test_resume_without_a_checkpoint_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_chat_prompts(tmp_path: Path) -> None:
-    recipe = recipe_for(tmp_path, max_steps=1)
+    recipe = recipe_for(tmp_path, "of_chat", max_steps=1)
     data = recipe.data.model_copy(update={"system": "Answer with a number.", "conversational": True})
     run = RunDirectory(train(recipe.model_copy(update={"data": data})))
     (first, *_) = read_jsonl(run.evaluations_path)

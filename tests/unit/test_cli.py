@@ -114,7 +114,7 @@ def test_recipes_shows_one_resolved(recipe):
     result = rlbal("recipes", recipe, "trainer.learning_rate=1e-5")
     assert result.exit_code == 0
     plan, text = result.stdout.split("\n", 1)
-    assert plan.startswith("# 1 processes x 8 rows per device x 1 steps per generation = 8 rollouts")
+    assert plan.startswith("# 1 process x 8 rows per device x 1 steps per generation = 8 rollouts")
     shown = parse_recipe(parse_yaml(text))
     assert shown == small("trainer.learning_rate=1e-5")
     assert "baseline: group" in text
