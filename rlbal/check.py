@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from trl import GRPOConfig
 
+    from rlbal.batch_plan import BatchPlan
     from rlbal.prompts.data import PromptData
     from rlbal.rewards.suite import RewardSuite
-    from rlbal.trainer_args import BatchPlan
 
 __all__ = ["Report", "check_recipe", "render"]
 

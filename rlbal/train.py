@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import GRPOConfig
 
+    from rlbal.batch_plan import BatchPlan
     from rlbal.prompts.data import PromptData
     from rlbal.rewards.suite import RewardSuite
-    from rlbal.trainer_args import BatchPlan
     from rlbal.trainers.grpo import BalancedGRPOTrainer
 
 
@@ -108,6 +108,12 @@ def load_inputs(recipe: Recipe, args: "GRPOConfig", plan: "BatchPlan") -> Inputs
     suite.start()
     if args.distributed_state.is_main_process:
         print(plan.explain(), file=sys.stderr)
+        if plan.num_processes != recipe.launch.num_processes:
+            print(
+                f"note: the recipe is written for {recipe.launch.num_processes} processes (`launch.num_processes`) and "
+                f"{plan.num_processes} are here, so the generation batch is another one",
+                file=sys.stderr,
+            )
         for note in data.notes:
             print(f"note: {note}", file=sys.stderr)
     return Inputs(recipe, args, plan, data, suite)

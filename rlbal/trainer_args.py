@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from rlbal.batch_plan import BatchPlan, plan_batches
 from rlbal.errors import RecipeError, nearest
 from rlbal.recipe import Recipe
 
@@ -97,6 +98,9 @@ def validate_trainer(values: dict[str, Any]) -> dict[str, Any]:
             raise RecipeError(f"`trainer.{key}` is not set here", fix=f"its place in the recipe: {OWNED[key]}")
         if key not in model.model_fields:
             raise RecipeError(f"`trainer.{key}` is not a field of TRL's GRPOConfig. {nearest(key, model.model_fields)}")
+    # YAML reads a bare `no` as false; here it is the name of a strategy.
+    if values.get("save_strategy") is False:
+        values = {**values, "save_strategy": "no"}
     try:
         checked = model.model_validate(values)
     except ValidationError as error:
@@ -105,82 +109,10 @@ def validate_trainer(values: dict[str, Any]) -> dict[str, Any]:
     return {key: getattr(checked, key) for key in values}
 
 
-@dataclasses.dataclass(frozen=True)
-class BatchPlan:
-    """The batch arithmetic of a recipe for a number of processes."""
-
-    num_processes: int
-    per_device: int
-    accumulation: int
-    steps_per_generation: int
-    rollouts_per_prompt: int
-
-    @property
-    def rollouts(self) -> int:
-        """Completions per generation batch, over all processes (N)."""
-        return self.num_processes * self.per_device * self.steps_per_generation
-
-    @property
-    def prompts(self) -> int:
-        """Prompts per generation batch (P)."""
-        return self.rollouts // self.rollouts_per_prompt
-
-    def explain(self) -> str:
-        """The arithmetic in one sentence."""
-        processes = "process" if self.num_processes == 1 else "processes"
-        return (
-            f"{self.num_processes} {processes} x {self.per_device} rows per device x {self.steps_per_generation} steps "
-            f"per generation = {self.rollouts} rollouts = {self.prompts} prompts x {self.rollouts_per_prompt} "
-            "rollouts; "
-            f"optimizer step every {self.accumulation} micro-batches of {self.per_device * self.num_processes} rows"
-        )
-
-
-def plan_batches(recipe: Recipe, trainer: dict[str, Any], num_processes: int) -> BatchPlan:
-    """Work out the batches.
-
-    Raises:
-        RecipeError: sizes that do not divide, or too few rollouts.
-    """
-    model = trainer_model()
-
-    def value(key: str) -> Any:
-        return trainer.get(key, model.model_fields[key].default)
-
-    per_device, accumulation = value("per_device_train_batch_size"), value("gradient_accumulation_steps")
-    step_rows, batch = per_device * num_processes, value("generation_batch_size")
-    steps = value("steps_per_generation")
-    if batch is not None and steps is not None:
-        raise RecipeError(
-            "`trainer.generation_batch_size` and `trainer.steps_per_generation` say the same thing twice",
-            fix="keep one of them",
-        )
-    if batch is not None and batch % step_rows:
-        raise RecipeError(
-            f"`trainer.generation_batch_size` ({batch}) does not divide into micro-batches of "
-            f"{per_device} rows x {num_processes} processes = {step_rows}",
-            fix=f"make it a multiple of {step_rows}",
-        )
-    if batch is not None:
-        steps = batch // step_rows
-    elif steps is None:
-        steps = accumulation
-    plan = BatchPlan(num_processes, per_device, accumulation, steps, recipe.algorithm.rollouts_per_prompt)
-    if plan.rollouts % plan.rollouts_per_prompt:
-        raise RecipeError(
-            f"a generation batch of {plan.rollouts} rollouts does not divide into groups of "
-            f"{plan.rollouts_per_prompt} (`algorithm.rollouts_per_prompt`)",
-            why=f"{num_processes} processes x {per_device} rows per device x {steps} steps per generation "
-            f"= {plan.rollouts} (`launch.num_processes`, `trainer.per_device_train_batch_size`, "
-            "`trainer.steps_per_generation` or `trainer.gradient_accumulation_steps`)",
-            fix=f"make that product a multiple of {plan.rollouts_per_prompt}",
-        )
-    if plan.rollouts < 2:
-        raise RecipeError(
-            "a generation batch of 1 rollout cannot be compared with anything",
-            fix="raise `trainer.per_device_train_batch_size` or `trainer.gradient_accumulation_steps`",
-        )
-    return plan
+def with_defaults(trainer: dict[str, Any]) -> dict[str, Any]:
+    """A checked `trainer:` section with TRL's defaults for what it leaves out."""
+    defaults = {name: field.default for name, field in trainer_model().model_fields.items()}
+    return {**defaults, **trainer}
 
 
 def check_generation(recipe: Recipe, trainer: dict[str, Any]) -> None:
@@ -266,7 +198,7 @@ def bind_trainer(recipe: Recipe) -> "tuple[GRPOConfig, BatchPlan]":
         RecipeError: what `validate_trainer`, `plan_batches`, `check_generation` or GRPOConfig refuse.
     """
     trainer = validate_trainer(recipe.trainer)
-    plan = plan_batches(recipe, trainer, recipe.launch.num_processes)
+    plan = plan_batches(recipe, with_defaults(trainer), recipe.launch.num_processes)
     check_generation(recipe, trainer)
     kwargs = config_kwargs(recipe, trainer, plan)
     kwargs["per_device_train_batch_size"] = plan.per_device * plan.num_processes
@@ -296,7 +228,7 @@ def training_args(recipe: Recipe, num_processes: int) -> "tuple[GRPOConfig, Batc
     import torch
 
     trainer = validate_trainer(recipe.trainer)
-    plan = plan_batches(recipe, trainer, num_processes)
+    plan = plan_batches(recipe, with_defaults(trainer), num_processes)
     check_generation(recipe, trainer)
     kwargs = config_kwargs(recipe, trainer, plan)
     if not torch.accelerator.is_available():

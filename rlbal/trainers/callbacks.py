@@ -72,19 +72,31 @@ class RunRecorder(TrainerCallback):
 
 
 class Interruption(TrainerCallback):
-    """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once."""
+    """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. Another Ctrl-C later on stops at once.
+
+    Under a launcher one Ctrl-C arrives several times: from the terminal, and from the launcher passing it on. So only
+    one that comes `AT_ONCE_AFTER` seconds later is taken for a second.
+    """
+
+    AT_ONCE_AFTER = 2.0
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.requested = False
+        self.requested_at: float | None = None
         self.trainer: BalancedGRPOTrainer | None = None
         self._previous: dict[int, Any] = {}
 
+    @property
+    def requested(self) -> bool:
+        return self.requested_at is not None
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        now = time.monotonic()
+        if self.requested_at is None:
+            self.requested_at = now
+            self.console.print("\nStopping after this step and saving a checkpoint; Ctrl-C again to stop at once.")
+        elif number == signal.SIGINT and now - self.requested_at > self.AT_ONCE_AFTER:
             raise KeyboardInterrupt
-        self.requested = True
-        self.console.print("\nStopping after this step and saving a checkpoint. Press Ctrl-C again to stop at once.")
 
     def __enter__(self) -> "Interruption":
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -103,7 +115,7 @@ class Interruption(TrainerCallback):
         if accelerator.num_processes > 1:
             flag = accelerator.reduce(flag, reduction="sum")
         if flag.item() > 0:
-            self.requested = True
+            self.requested_at = self.requested_at or time.monotonic()
             control.should_save = control.should_training_stop = True
 
 

@@ -27,6 +27,7 @@ from trl import GRPOConfig, GRPOTrainer
 from rlbal.balance.advantages import AdvantageRule, compute_advantages
 from rlbal.balance.weighting import FixedWeighting
 from rlbal.batch import RolloutBatch, batch_metrics, group_rows
+from rlbal.batch_plan import BatchPlan
 from rlbal.errors import TrainingStopped
 from rlbal.evaluation import Evaluation
 from rlbal.prompts.allocation import uniform_counts
@@ -35,7 +36,6 @@ from rlbal.recipe import Recipe
 from rlbal.rewards.outcomes import merge, verdict
 from rlbal.rewards.suite import RewardSuite
 from rlbal.scaling.compute import rollout_flops
-from rlbal.trainer_args import BatchPlan
 from rlbal.trainers.evaluator import PolicyEvaluator
 from rlbal.trainers.sampler import PromptSampler
 from rlbal.trainers.totals import Totals, model_shape

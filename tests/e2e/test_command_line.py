@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -95,3 +97,34 @@ def test_a_refused_recipe_leaves_no_run_behind(tmp_path: Path) -> None:
     recipe.write_text(yaml.safe_dump(values))
     assert rlbal("train", str(recipe)).returncode == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_on_two_processes_saves_one_checkpoint(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    run = RunDirectory(tmp_path / "run")
+    words = ["train", str(recipe), "--accelerate", "cpu_2proc", "--num-processes", "2"]
+    words += ["trainer.per_device_train_batch_size=4", "trainer.max_steps=100000", "trainer.save_strategy=no"]
+    words += ["evaluation.every=null", "evaluation.at_start=false"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    started = subprocess.Popen(
+        [sys.executable, "-m", "rlbal.cli", *words],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 180
+        while not (run.metrics_path.is_file() and len(list(read_jsonl(run.metrics_path))) >= 2):
+            assert started.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        os.killpg(started.pid, signal.SIGINT)  # as a terminal does: everybody gets it, and the launcher passes it on
+        started.communicate(timeout=120)
+    finally:
+        if started.poll() is None:
+            os.killpg(started.pid, signal.SIGKILL)
+    assert started.returncode != 0
+    last = max(record["step"] for record in read_jsonl(run.metrics_path))
+    assert run.latest_checkpoint().name == f"checkpoint-{last}"

@@ -7,6 +7,7 @@ import pytest
 from trl import GRPOConfig
 
 from rlbal.errors import RecipeError
+from rlbal.recipe import parse_yaml
 from rlbal.trainer_args import CHOICES, OWNED, POSITIVE, bind_trainer, trainer_model, training_args, validate_trainer
 from tests.small_recipe import small
 
@@ -233,3 +234,7 @@ def test_choices_are_the_ones_trl_documents(key):
     (field,) = [field for field in dataclasses.fields(GRPOConfig) if field.name == key]
     text = str(field.metadata.get("help")) + str(typing.get_type_hints(GRPOConfig)[key])
     assert all(choice in text for choice in CHOICES[key])
+
+
+def test_a_bare_no_is_the_strategy_of_that_name():
+    assert validate_trainer(parse_yaml("save_strategy: no")) == {"save_strategy": "no"}

@@ -1,0 +1,78 @@
+"""Evaluation through TRL's vLLM engine: its settings are swapped in and put back. The engine itself is a stand-in."""
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+from trl.generation.vllm_generation import VLLMGeneration
+
+from rlbal.tiny import build_tokenizer
+from rlbal.trainers.evaluator import PolicyEvaluator
+from tests.support import make_recipe
+
+SWAPPED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_completion_length", "generation_kwargs")
+
+
+class Engine:
+    """Answers every prompt with its own tokens and the end token, and notes the settings it was called with."""
+
+    def __init__(self, end: int) -> None:
+        self.end, self.synced, self.seen = end, 0, {}
+        self.training = dict.fromkeys(SWAPPED, "as in training")
+        vars(self).update(self.training)
+
+    def sync_weights(self) -> None:
+        self.synced += 1
+
+    def generate(self, prompts: list[list[int]], images: None, num_generations: int) -> tuple[Any, ...]:
+        self.seen = {name: getattr(self, name) for name in SWAPPED}
+        return prompts, [[*ids[:3], self.end] for ids in prompts[:-1]] + [prompts[-1][:3]], None, None
+
+
+def evaluator_with(engine: Engine, tokenizer: Any, tmp_path: Any) -> PolicyEvaluator:
+    recipe = make_recipe(tmp_path, evaluation={"samples_per_prompt": 2, "temperature": 0.7, "top_p": 0.9, "top_k": 5})
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=tokenizer.eos_token_id))
+    trainer: Any = SimpleNamespace(
+        recipe=recipe,
+        args=SimpleNamespace(max_completion_length=16, chat_template_kwargs=None),
+        tokenizer=tokenizer,
+        vllm_generation=engine,
+        model=model,
+        accelerator=SimpleNamespace(unwrap_model=lambda given: given),
+    )
+    return PolicyEvaluator(trainer, SimpleNamespace())  # type: ignore[arg-type]
+
+
+def test_settings_are_evaluations_own_and_are_put_back(tmp_path: Any) -> None:
+    tokenizer = build_tokenizer([])
+    engine = Engine(tokenizer.eos_token_id)
+    evaluator = evaluator_with(engine, tokenizer, tmp_path)
+
+    samples = evaluator._vllm_samples(["one", "three"], [0, 1], greedy=False)
+    assert engine.seen == {
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 5,
+        "min_p": None,
+        "repetition_penalty": 1.0,
+        "max_completion_length": 16,
+        "generation_kwargs": {},
+    }
+    assert [[sample.text for sample in row] for row in samples] == [["one", "one"], ["thr", "thr"]]
+    assert [[sample.truncated for sample in row] for row in samples] == [[False, False], [False, True]]
+    assert engine.synced == 1
+
+    (first, _) = evaluator._vllm_samples(["one", "three"], [0, 1], greedy=True)
+    assert engine.seen["temperature"] == 0.0 and len(first) == 1
+    assert {name: getattr(engine, name) for name in SWAPPED} == engine.training
+
+
+def test_trls_engine_reads_these_settings_when_it_generates() -> None:
+    source = inspect.getsource(VLLMGeneration.generate)
+    assert not [name for name in SWAPPED if f"self.{name}" not in source]
+    assert list(inspect.signature(VLLMGeneration.generate).parameters)[:4] == [
+        "self",
+        "prompts",
+        "images",
+        "num_generations",
+    ]
