@@ -4,6 +4,7 @@ Any field of GRPOConfig may be set there, except those that another section of t
 """
 
 import dataclasses
+import os
 import typing
 import warnings
 from functools import cache
@@ -233,6 +234,7 @@ def training_args(recipe: Recipe, num_processes: int) -> "tuple[GRPOConfig, Batc
     kwargs = config_kwargs(recipe, trainer, plan)
     if not torch.accelerator.is_available():
         kwargs["use_cpu"] = True
+        # TRL's default is bf16, which a CPU has no use for; but the launch configuration and TRL must say the same.
         if not trainer.get("bf16"):
-            kwargs["bf16"] = False
+            kwargs["bf16"] = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
     return _build(kwargs), plan

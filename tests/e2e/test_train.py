@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlbal.errors import DataError, RewardError, RunError, TrainingStopped
 from rlbal.recipe import Recipe, parse_recipe
 from rlbal.run import RunDirectory, read_jsonl
+from rlbal.tiny import build_model, build_tokenizer
 from rlbal.train import train
 
 # What `metrics.jsonl` promises of every step, whatever the recipe.
@@ -193,3 +195,30 @@ def test_lora_trains_and_its_folder_loads(tmp_path: Path) -> None:
     assert (run.model_path / "adapter_config.json").is_file()
     assert AutoModelForCausalLM.from_pretrained(run.model_path).num_parameters() > 0
     assert steps(run) == [1, 2]
+
+
+def warm_recipe(tmp_path: Path) -> Recipe:
+    """The quickstart in small: a warm start of a few steps on chain_sum."""
+    recipe = recipe_for(tmp_path, max_steps=1)
+    values = recipe.model_dump(mode="json")
+    values["model"]["tiny"]["warm_start"] = {"steps": 5, "batch_size": 4}
+    values["data"] = {"source": "reasoning_gym", "task": "chain_sum", "size": 40, "eval_size": 8}
+    return parse_recipe(values)
+
+
+def test_a_warm_start_that_did_not_converge_stops_the_run_and_leaves_it_free(tmp_path: Path) -> None:
+    recipe = warm_recipe(tmp_path)
+    for _ in range(2):  # nothing was recorded, so the same directory may be used again
+        with pytest.raises(TrainingStopped, match="warm start"):
+            train(recipe)
+    assert not RunDirectory(recipe.output_dir).has_results
+
+
+def test_rl_starts_from_the_warm_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlbal.warm_start.MAX_EXCESS", 100.0)
+    run = RunDirectory(train(warm_recipe(tmp_path)))
+    warm, cold = run.path / "warm_start", build_model(run.recipe().model.tiny, build_tokenizer([]), seed=0)
+    started = AutoModelForCausalLM.from_pretrained(warm)
+    same = [torch.equal(a, b) for a, b in zip(started.parameters(), cold.parameters(), strict=True)]
+    assert not all(same), "the saved model has not been trained"
+    assert [evaluation["step"] for evaluation in read_jsonl(run.evaluations_path)] == [0, 1]
