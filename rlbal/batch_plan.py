@@ -29,13 +29,16 @@ class BatchPlan:
 
     def explain(self) -> str:
         """The arithmetic in one sentence."""
-        processes = "process" if self.num_processes == 1 else "processes"
         return (
-            f"{self.num_processes} {processes} x {self.per_device} rows per device x {self.steps_per_generation} steps "
+            f"{_count(self.num_processes)} x {self.per_device} rows per device x {self.steps_per_generation} steps "
             f"per generation = {self.rollouts} rollouts = {self.prompts} prompts x {self.rollouts_per_prompt} "
             "rollouts; "
             f"optimizer step every {self.accumulation} micro-batches of {self.per_device * self.num_processes} rows"
         )
+
+
+def _count(processes: int) -> str:
+    return f"{processes} process" if processes == 1 else f"{processes} processes"
 
 
 def plan_batches(recipe: Recipe, trainer: dict[str, Any], num_processes: int) -> BatchPlan:
@@ -60,7 +63,7 @@ def plan_batches(recipe: Recipe, trainer: dict[str, Any], num_processes: int) ->
     if batch is not None and batch % step_rows:
         raise RecipeError(
             f"`trainer.generation_batch_size` ({batch}) does not divide into micro-batches of "
-            f"{per_device} rows x {num_processes} processes = {step_rows}",
+            f"{per_device} rows x {_count(num_processes)} = {step_rows}",
             fix=f"make it a multiple of {step_rows}",
         )
     if batch is not None:
@@ -72,7 +75,7 @@ def plan_batches(recipe: Recipe, trainer: dict[str, Any], num_processes: int) ->
         raise RecipeError(
             f"a generation batch of {plan.rollouts} rollouts does not divide into groups of "
             f"{plan.rollouts_per_prompt} (`algorithm.rollouts_per_prompt`)",
-            why=f"{num_processes} processes x {per_device} rows per device x {steps} steps per generation "
+            why=f"{_count(num_processes)} x {per_device} rows per device x {steps} steps per generation "
             f"= {plan.rollouts} (`launch.num_processes`, `trainer.per_device_train_batch_size`, "
             "`trainer.steps_per_generation` or `trainer.gradient_accumulation_steps`)",
             fix=f"make that product a multiple of {plan.rollouts_per_prompt}",

@@ -81,14 +81,11 @@ def check_recipe(recipe: Recipe, name: str | None = None) -> Report:
 
 
 def _bind(recipe: Recipe, report: Report, say: Say) -> Bound:
-    from rlbal.launch import accelerate_config
-    from rlbal.model import lora_config
-    from rlbal.trainer_args import bind_trainer
+    from rlbal.trainer_args import bind_trainer, missing_package
 
     args, plan = bind_trainer(recipe)
-    lora_config(recipe)
-    if recipe.launch.accelerate is not None:
-        accelerate_config(recipe.launch.accelerate)
+    if missing := missing_package(args):
+        say("warning", f"on this machine the run would stop: {missing}")
     say("ok", plan.explain())
     report.figures["batch"] = {"rollouts": plan.rollouts, "prompts": plan.prompts, "num_processes": plan.num_processes}
     return Bound(recipe, args, plan)
@@ -166,20 +163,15 @@ def _check_lengths(
 
 
 def _estimate(bound: Bound, model: Any, report: Report, say: Say) -> None:
-    from peft import get_peft_model
-
     from rlbal.launch import accelerate_config
     from rlbal.memory import GIB, estimate_memory, zero_stage
-    from rlbal.model import lora_config
+    from rlbal.model import adapter_parameters, lora_config
     from rlbal.trainer_args import completion_limit
 
     recipe, plan, lora = bound.recipe, bound.plan, lora_config(bound.recipe)
     parameters = trainable = model.num_parameters()
     if lora is not None:
-        # The adapter is put on and taken off again: only its size is wanted.
-        wrapped = get_peft_model(model, lora)
-        trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-        wrapped.unload()
+        trainable = adapter_parameters(model, lora)
     accelerate = recipe.launch.accelerate
     estimate = estimate_memory(
         model.config,

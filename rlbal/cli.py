@@ -49,7 +49,7 @@ def train(
         str | None, typer.Option(metavar="X", help="Launch with accelerate_configs/X.yaml (a name or a path).")
     ] = None,
     num_processes: Annotated[
-        int | None, typer.Option(metavar="N", help="Processes to launch, with --accelerate.")
+        int | None, typer.Option(metavar="N", min=1, help="Processes to launch, with --accelerate.")
     ] = None,
 ) -> None:
     """Train a policy as RECIPE says.

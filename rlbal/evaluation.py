@@ -7,6 +7,7 @@ and, on several processes, a function that gathers arrays. The figures themselve
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, get_args
 
 import numpy as np
@@ -151,16 +152,22 @@ def score_texts(
 
 
 def _score(
-    suite: Suite, table: dict[str, list[Any]], samples: list[list[Sample]], gather: Gather | None
+    suite: Suite, table: dict[str, list[Any]], samples: list[list[Sample]], in_order: Gather
 ) -> tuple[Array, list[dict[str, Any]]]:
     """Score every sample.
+
+    Args:
+        suite: the K rewards.
+        table: P rows as columns.
+        samples: S samples of each row.
+        in_order: this process's rows -> all rows of the evaluation, once each.
 
     Returns:
         (P, S, K + 2): rewards, length in tokens, 1 if truncated; and the first sample of the first prompts to show.
     """
     flat = [sample for row in samples for sample in row]
     lengths = np.array([[len(sample.ids), sample.truncated] for sample in flat], dtype=float)
-    mean_length = (lengths if gather is None else gather(lengths))[:, 0].mean()
+    mean_length = in_order(lengths[:, 0].reshape(len(samples), -1)).mean()
     rewards_NK = score_texts(
         suite, table, [sample.text for sample in flat], [sample.ids for sample in flat], float(mean_length)
     )
@@ -192,7 +199,7 @@ def _check_success(success_PS: Array, name: str, declared: tuple[float, float] |
     return low, high
 
 
-def _in_order(local_PSK: Array, positions: list[int], count: int, gather: Gather | None) -> Array:
+def _in_order(local_PSK: Array, *, positions: list[int], count: int, gather: Gather | None) -> Array:
     """Gather all processes' rows and put each at its position; rows that pad a share fall on their twins."""
     position_P1 = np.array(positions, dtype=float)[:, None]
     flat = np.concatenate([position_P1, local_PSK.reshape(len(positions), -1)], axis=1)
@@ -262,16 +269,17 @@ def evaluate_policy(
     count = _rows_to_use(rows, recipe)
     positions = share_of_rows(count, process_index, num_processes)
     table = rows.select(positions)[:]
+    in_order = partial(_in_order, positions=positions, count=count, gather=gather)
     columns: dict[str, Array] = {}
     examples: list[dict[str, Any]] = []
     failures: dict[str, dict[str, int]] = {}
     missing = np.zeros(len(names), dtype=int)
     for greedy in [False, True] if settings.greedy else [False]:
-        local_PSK, shown = _score(suite, table, generate(table["prompt"], positions, greedy), gather)
+        local_PSK, shown = _score(suite, table, generate(table["prompt"], positions, greedy), in_order)
         failed = _all_failures(suite, gather)
         if problem := verdict(failed, local_PSK[:, :, 0].size * num_processes, recipe.rewards):
             raise RewardError(f"evaluation: {problem}")
-        scores_PSK = _in_order(local_PSK, positions, count, gather)
+        scores_PSK = in_order(local_PSK)
         rewards_PSK = scores_PSK[:, :, : len(names)]
         declared = recipe.rewards.functions[success].range
         columns |= per_prompt(

@@ -3,6 +3,9 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from rlbal.errors import RecipeError, nearest
 from rlbal.recipe import read_recipe
@@ -25,13 +28,28 @@ def accelerate_config(name: str) -> Path:
     return found
 
 
+def read_accelerate_config(path: Path) -> dict[str, Any]:
+    """What an accelerate configuration says.
+
+    Raises:
+        RecipeError: the file is not a YAML mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise RecipeError(f"{path} is not YAML", why=str(error)) from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} is not an accelerate configuration", why="it holds no keys such as `num_processes`")
+    return values
+
+
 def launch_command(
     recipe: Path, overrides: list[str], options: list[str], accelerate: str | None, num_processes: int | None
 ) -> list[str]:
     """The `accelerate launch` command line; what is not given comes from the recipe's `launch:` section.
 
     Raises:
-        RecipeError: the recipe is bad, or no configuration is named anywhere.
+        RecipeError: the recipe is bad, no configuration is named anywhere, or it is for several machines.
     """
     launch = read_recipe(recipe, overrides).launch
     name = accelerate or launch.accelerate
@@ -40,9 +58,15 @@ def launch_command(
             "--num-processes needs an accelerate configuration",
             fix="give --accelerate X (a file of accelerate_configs/), or set `launch.accelerate`",
         )
+    config = accelerate_config(name)
+    if read_accelerate_config(config).get("num_machines", 1) != 1:
+        raise RecipeError(
+            f"`{name}` is for several machines, and this one would wait for the others",
+            fix=f"run `accelerate launch` on each machine, as {config} and the recipe's first lines show",
+        )
     processes = num_processes or launch.num_processes
     return [
-        *[sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_config(name))],
+        *[sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)],
         *["--num_processes", str(processes), "-m", "rlbal.train", str(recipe)],
         *[*overrides, f"launch.num_processes={processes}", *options],
     ]

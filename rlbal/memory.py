@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from rlbal.launch import read_accelerate_config
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 GIB = 2**30
@@ -45,8 +45,7 @@ def zero_stage(accelerate_config: Path | None) -> int:
     """The ZeRO stage of an accelerate configuration; 0 without DeepSpeed."""
     if accelerate_config is None:
         return 0
-    values = yaml.safe_load(accelerate_config.read_text(encoding="utf-8")) or {}
-    return int((values.get("deepspeed_config") or {}).get("zero_stage", 0))
+    return int((read_accelerate_config(accelerate_config).get("deepspeed_config") or {}).get("zero_stage", 0))
 
 
 def estimate_memory(

@@ -1,10 +1,12 @@
 """The policy and its tokenizer: from the hub, from a folder, or tiny and built on the spot; LoRA on top."""
 
 import dataclasses
+import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ConfigDict, Field, ValidationError, create_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlbal.errors import RecipeError, RlbalError, nearest
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 WARM_START = "warm_start"
+# What peft would take and ignore, or what would freeze the adapters.
+LORA_FIXED = ("peft_type", "inference_mode", "auto_mapping", "peft_version", "base_model_name_or_path", "revision")
+LORA_UNTYPED = ("task_type", "init_lora_weights")  # the second: `pissa_niter_16` is not among the hint's literals
 
 
 def load_tokenizer(name_or_path: str | Path, model: ModelSection | None = None) -> PreTrainedTokenizerBase:
@@ -51,9 +56,10 @@ def load_model(name_or_path: str | Path, model: ModelSection | None = None) -> P
 
 
 def _cannot_load(kind: str, name_or_path: str | Path, error: Exception) -> RlbalError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return RlbalError(
         f"cannot load the {kind} `{name_or_path}` (`model.name_or_path`)",
-        why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+        why=reason if Path(name_or_path).exists() else f"no such folder here, and from the hub: {reason}",
         fix="give a folder made by save_pretrained, or a hub id that this machine can reach",
     )
 
@@ -90,20 +96,48 @@ def lora_config(recipe: Recipe) -> "LoraConfig | None":
     """The recipe's `lora:` section as peft's LoraConfig, or None for full training.
 
     Raises:
-        RecipeError: a key LoraConfig does not have, or a value it refuses.
+        RecipeError: a key LoraConfig does not have or rlbal decides, or a value of the wrong type or size.
     """
     if recipe.lora is None:
         return None
     from peft import LoraConfig
 
-    known = [field.name for field in dataclasses.fields(LoraConfig) if field.init]
+    known = [field.name for field in dataclasses.fields(LoraConfig) if field.init and field.name not in LORA_FIXED]
+    hints, fields = typing.get_type_hints(LoraConfig), {}
     for key in recipe.lora:
         if key not in known:
             raise RecipeError(f"`lora.{key}` is not a field of peft's LoraConfig. {nearest(key, known)}")
+        if key not in LORA_UNTYPED:
+            fields[key] = (hints[key], Field(gt=0) if key == "r" else Field())
+    if recipe.lora.get("task_type", "CAUSAL_LM") != "CAUSAL_LM":
+        raise RecipeError("`lora.task_type` must be CAUSAL_LM, since a policy writes text", fix="leave it out")
+    config = ConfigDict(extra="ignore", arbitrary_types_allowed=True, protected_namespaces=())
+    checker: Any = create_model("LoraSection", __config__=config, **fields)  # type: ignore[call-overload]
     try:
+        checker.model_validate(recipe.lora)
         return LoraConfig(**{"task_type": "CAUSAL_LM", **recipe.lora})
+    except ValidationError as error:
+        lines = [f"`lora.{item['loc'][0]}`: {item['msg']} (got {item['input']!r})" for item in error.errors()]
+        raise RecipeError("\n".join(lines)) from None
     except (ValueError, TypeError) as error:
         raise RecipeError("peft refuses the `lora:` section", why=str(error)) from None
+
+
+def adapter_parameters(model: PreTrainedModel, lora: "LoraConfig") -> int:
+    """How many weights the adapters would have; they are put on and taken off again.
+
+    Raises:
+        RecipeError: they do not fit this model.
+    """
+    from peft import get_peft_model
+
+    try:
+        wrapped = get_peft_model(model, lora)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise RecipeError("the `lora:` section does not fit the model", why=str(error)) from None
+    size = sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
+    wrapped.unload()
+    return size
 
 
 def context_length(model: PreTrainedModel) -> int | None:

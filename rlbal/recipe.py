@@ -32,6 +32,7 @@ from rlbal.sections import (
     RewardsSection,
     Section,
     TinySection,
+    UserPath,
     WarmStartSection,
     WeightingSection,
 )
@@ -75,7 +76,7 @@ ADVANTAGE_PRESETS = {
 class Recipe(Section):
     """Everything about one run."""
 
-    output_dir: str
+    output_dir: UserPath
     seed: int = Field(0, ge=0, lt=2**32)
     algorithm: AlgorithmSection = Field(default_factory=AlgorithmSection)
     model: ModelSection
@@ -191,6 +192,8 @@ def _message(error: ValidationError, raw: Any) -> str:
         if item["type"] in ("union_tag_not_found", "union_tag_invalid"):
             source = here.get("source")
             key, text = f"{key}.source", f"{source!r} is no source of data. {nearest(str(source), SOURCES)}"
+        if item["type"] in ("model_type", "dict_type"):
+            text = "this is a section: give it keys of its own" + shown
         lines.append(f"`{key}`: {text}" if key else text)
     return "\n".join(lines)
 

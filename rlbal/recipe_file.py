@@ -84,7 +84,8 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     """Set `key.sub=value` in a raw recipe in place; the value is read as YAML.
 
     Raises:
-        RecipeError: no `=`, a value that is not YAML, or a path through something that is not a section.
+        RecipeError: no `=`, a value that is not YAML or ends in a comment, or a path through something that is not a
+            section.
     """
     path, equals, text = override.partition("=")
     if not equals or not path.strip():
@@ -101,3 +102,10 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         target[last] = parse_yaml(text)
     except RecipeError as error:
         raise RecipeError(f"override `{override}`: {error.what}", error.why, error.fix) from None
+    node = yaml.compose(text, _Loader)
+    if lost := text[node.end_mark.index if node else 0 :].strip():
+        raise RecipeError(
+            f"override `{override}`: `{lost}` would be lost",
+            why="YAML takes what follows ` #` for a comment",
+            fix=f"put quotes inside the shell's: '{path.strip()}=\"...\"'",
+        )

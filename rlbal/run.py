@@ -127,6 +127,12 @@ class RunDirectory:
             )
         return checkpoints[-1]
 
+    def evaluated_steps(self) -> set[int]:
+        """Optimizer steps after which an evaluation is on record."""
+        if not self.evaluations_path.is_file():
+            return set()
+        return {record["step"] for record in read_jsonl(self.evaluations_path)}
+
     def rewind(self, step: int) -> None:
         """Forget what was recorded after `step`, which is about to be done again."""
         for path in (self.metrics_path, self.evaluations_path):

@@ -1,15 +1,20 @@
 """The sections of a recipe: their keys, types, defaults and what each refuses on its own."""
 
 import re
+from os.path import expanduser
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from rlbal.errors import nearest
 
 # Reward names become metric names and part of override paths, where `/` and `.` have a meaning.
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+
+
+# A file or folder, where `~` is the user's home as in a shell, not a folder of that name.
+UserPath = Annotated[str, AfterValidator(expanduser)]
 
 
 class Section(BaseModel):
@@ -69,7 +74,7 @@ class TinySection(Section):
 class ModelSection(Section):
     """The policy: a hub id, a folder, or a tiny model built on the spot."""
 
-    name_or_path: str | None = None
+    name_or_path: UserPath | None = None
     tiny: TinySection | None = None
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
@@ -118,15 +123,15 @@ class FileData(DataSection):
     """Local JSONL, Parquet or CSV files."""
 
     source: Literal["file"]
-    path: str | list[str]
-    eval_path: str | list[str] | None = Field(default=None, description="Held-out files instead of a split by seed.")
+    path: UserPath | list[UserPath]
+    eval_path: UserPath | list[UserPath] | None = Field(default=None, description="Held-out files, no split by seed.")
 
 
 class FolderData(DataSection):
     """A dataset saved with `datasets.Dataset.save_to_disk` (a DatasetDict needs `split`)."""
 
     source: Literal["folder"]
-    path: str
+    path: UserPath
     split: str | None = None
     eval_split: str | None = None
 
@@ -291,4 +296,4 @@ class LaunchSection(Section):
     """The processes the recipe is meant for. Batch sizes are checked against these, not the processes at hand."""
 
     num_processes: int = Field(default=1, ge=1, description="Processes over all nodes, one per GPU.")
-    accelerate: str | None = Field(default=None, description="Configuration in accelerate_configs/ (name) or a path.")
+    accelerate: UserPath | None = Field(default=None, description="A name in accelerate_configs/, or a path.")

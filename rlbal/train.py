@@ -74,8 +74,10 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
         inputs = load_inputs(recipe, args, plan)
         with inputs.suite:
             _claim(run, recipe, args, checkpoint, overwrite)
-            trainer = build_trainer(inputs, run, console, start_evaluation=checkpoint is None)
-            _train(trainer, run, checkpoint, console)
+            evaluated = run.evaluated_steps()
+            at_start = (checkpoint is None or checkpoint.name == "checkpoint-0") and 0 not in evaluated
+            trainer = build_trainer(inputs, run, start_evaluation=at_start)
+            _train(trainer, run, checkpoint, console, evaluated)
         if args.distributed_state.is_main_process:
             _summarise(run, console)
     finally:
@@ -97,13 +99,7 @@ def load_inputs(recipe: Recipe, args: "GRPOConfig", plan: "BatchPlan") -> Inputs
     lora_config(recipe)
     suite = RewardSuite.for_recipe(recipe)
     data = load_data(recipe.data, recipe.seed)
-    if len(data.train) < plan.prompts:
-        raise DataError(
-            f"{len(data.train)} training prompts do not fill one generation batch of {plan.prompts} prompts",
-            why=plan.explain(),
-            fix="use more data (`data`), smaller batches (`trainer.per_device_train_batch_size`) or more "
-            "`algorithm.rollouts_per_prompt`",
-        )
+    _check_fills_batch(len(data.train), plan)
     suite.check_columns(data.train.column_names)
     suite.start()
     if args.distributed_state.is_main_process:
@@ -117,6 +113,16 @@ def load_inputs(recipe: Recipe, args: "GRPOConfig", plan: "BatchPlan") -> Inputs
         for note in data.notes:
             print(f"note: {note}", file=sys.stderr)
     return Inputs(recipe, args, plan, data, suite)
+
+
+def _check_fills_batch(prompts: int, plan: "BatchPlan") -> None:
+    if prompts < plan.prompts:
+        raise DataError(
+            f"{prompts} training prompts do not fill one generation batch of {plan.prompts} prompts",
+            why=plan.explain(),
+            fix="use more data (`data`), smaller batches (`trainer.per_device_train_batch_size`) or more "
+            "`algorithm.rollouts_per_prompt`",
+        )
 
 
 def _claim(run: RunDirectory, recipe: Recipe, args: "GRPOConfig", checkpoint: Path | None, overwrite: bool) -> None:
@@ -158,16 +164,14 @@ def load_policy(inputs: Inputs, run: RunDirectory) -> "tuple[PreTrainedModel, Pr
     return model, tokenizer
 
 
-def build_trainer(
-    inputs: Inputs, run: RunDirectory, console: Console, start_evaluation: bool = True
-) -> "BalancedGRPOTrainer":
+def build_trainer(inputs: Inputs, run: RunDirectory, start_evaluation: bool = True) -> "BalancedGRPOTrainer":
     """Put the trainer together; `start_evaluation` asks for one before the first step if the recipe does."""
     from transformers import PrinterCallback, ProgressCallback
 
     from rlbal.model import lora_config
     from rlbal.prompts.data import limit_prompt_tokens
     from rlbal.trainer_args import chat_options
-    from rlbal.trainers.callbacks import RunRecorder, StepProgress
+    from rlbal.trainers.callbacks import RunRecorder
     from rlbal.trainers.grpo import BalancedGRPOTrainer
 
     recipe, args = inputs.recipe, inputs.args
@@ -175,6 +179,9 @@ def build_trainer(
     rows, note = limit_prompt_tokens(inputs.data.train, tokenizer, recipe.data, chat_options(args))
     if note is not None and args.distributed_state.is_main_process:
         print(f"note: {note}", file=sys.stderr)
+    _check_fills_batch(len(rows), inputs.plan)  # again: overlong prompts may be gone
+    if recipe.model.revision is not None:
+        args.model_init_kwargs = {"revision": recipe.model.revision}  # TRL loads the reference model itself
     args.eval_on_start = start_evaluation and recipe.evaluation.at_start and inputs.data.eval is not None
     recorder = RunRecorder(run)
     trainer = BalancedGRPOTrainer(
@@ -187,7 +194,7 @@ def build_trainer(
         model=model,
         args=args,
         peft_config=lora_config(recipe),
-        callbacks=[recorder, StepProgress(console, inputs.suite.names)],
+        callbacks=[recorder],
     )
     recorder.trainer = trainer
     trainer.remove_callback(ProgressCallback)
@@ -195,16 +202,22 @@ def build_trainer(
     return trainer
 
 
-def _train(trainer: "BalancedGRPOTrainer", run: RunDirectory, checkpoint: Path | None, console: Console) -> None:
-    from rlbal.trainers.callbacks import Interruption
+def _train(
+    trainer: "BalancedGRPOTrainer", run: RunDirectory, checkpoint: Path | None, console: Console, evaluated: set[int]
+) -> None:
+    """Train to the end; `evaluated` are the steps whose evaluations are on record."""
+    from rlbal.trainers.callbacks import Interruption, NothingLeft, StepProgress
 
-    with Interruption(console) as interruption:
+    with Interruption(console) as interruption, StepProgress(console, trainer.suite.names) as progress:
         interruption.trainer = trainer
+        trainer.add_callback(progress)
         trainer.add_callback(interruption)
         if checkpoint is not None:
             trainer.load_rlbal_state(json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except NothingLeft:
+            pass  # what may be missing is the last evaluation and the final model
         except (TrainingStopped, RewardError) as stop:
             trainer.save_now()
             raise TrainingStopped(f"{stop}\nA checkpoint is saved. Continue: {resume_command(run)}") from None
@@ -213,14 +226,17 @@ def _train(trainer: "BalancedGRPOTrainer", run: RunDirectory, checkpoint: Path |
                 f"stopped after step {trainer.state.global_step}; the checkpoint is saved",
                 fix=f"continue: {resume_command(run)}",
             )
-    evaluated = trainer.last_evaluation is not None and trainer.last_evaluation[0] == trainer.state.global_step
-    if trainer.recipe.evaluation.at_end and not evaluated:
+    if trainer.last_evaluation is not None:
+        evaluated = evaluated | {trainer.last_evaluation[0]}
+    if trainer.recipe.evaluation.at_end and trainer.state.global_step not in evaluated:
         trainer.evaluate()
     trainer.save_model(str(run.model_path))
 
 
 def resume_command(run: RunDirectory) -> str:
     """What to type to go on."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return f"launch {run.path / 'recipe.yaml'} as before, with --resume"
     return f"rlbal train {run.path / 'recipe.yaml'} --resume"
 
 

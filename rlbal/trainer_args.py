@@ -8,6 +8,7 @@ import os
 import typing
 import warnings
 from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -57,9 +58,12 @@ POSITIVE = {
     "steps_per_generation",
     "generation_batch_size",
     "num_iterations",
+    "num_train_epochs",
     "max_completion_length",
     "temperature",
 }
+NOT_NEGATIVE = {"learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "beta"}
+BELOW_ONE = {"adam_beta1", "adam_beta2"}
 
 
 @cache
@@ -79,7 +83,9 @@ def trainer_model() -> type[BaseModel]:
         # Choices get their own message in `validate_trainer`, before the types are looked at.
         kind = typing.Literal[CHOICES[field.name]] if field.name in CHOICES else hints[field.name]
         low = 0 if field.name in POSITIVE else None
-        fields[field.name] = (kind, Field(default, gt=low, description=field.metadata.get("help")))
+        least = 0 if field.name in NOT_NEGATIVE | BELOW_ONE else None
+        high = 1 if field.name in BELOW_ONE else None
+        fields[field.name] = (kind, Field(default, gt=low, ge=least, lt=high, description=field.metadata.get("help")))
     config = ConfigDict(extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True, protected_namespaces=())
     return create_model("TrainerSection", __config__=config, **fields)
 
@@ -178,26 +184,58 @@ def config_kwargs(recipe: Recipe, trainer: dict[str, Any], plan: BatchPlan) -> d
 
 
 def _build(kwargs: dict[str, Any]) -> "GRPOConfig":
+    from transformers.integrations import get_reporting_integration_callbacks
     from trl import GRPOConfig
 
     if kwargs.get("max_completion_length", 1) is None:
         raise RecipeError("`trainer.max_completion_length` needs a number of tokens")
+    if kwargs.get("save_strategy") == "best" and kwargs["metric_for_best_model"] is None:
+        raise RecipeError(
+            "`trainer.save_strategy: best` needs evaluations to tell which is best",
+            fix="set `evaluation.every`, or leave `trainer.save_strategy` out",
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            return GRPOConfig(**kwargs)
+            args = GRPOConfig(**kwargs)
+        get_reporting_integration_callbacks(args.report_to)  # knows the names; needs none of them installed
     except (ValueError, TypeError, ImportError, NotImplementedError, OSError) as error:
         raise RecipeError("TRL refuses the `trainer:` section", why=str(error)) from None
+    if isinstance(args.chat_template_kwargs, str):
+        raise RecipeError(
+            f"`trainer.chat_template_kwargs`: {args.chat_template_kwargs!r} is not a mapping",
+            fix="write it as `{enable_thinking: false}`",
+        )
+    return args
+
+
+def missing_package(args: "GRPOConfig") -> RecipeError | None:
+    """What the `trainer:` section asks for and this machine has not installed, or None."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    if args.use_vllm and find_spec("vllm") is None:
+        return RecipeError(
+            "`trainer.use_vllm` needs vLLM, which is not installed",
+            fix="install the extra `vllm`, as in `pip install -e .[vllm]`, or add `trainer.use_vllm=false` (slower)",
+        )
+    trackers = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
+    for name in sorted(set(trackers) - {"none", "all"} - set(get_available_reporting_integrations())):
+        return RecipeError(f"`trainer.report_to: {name}` needs a package that is not installed", fix=f"install {name}")
+    return None
 
 
 def bind_trainer(recipe: Recipe) -> "tuple[GRPOConfig, BatchPlan]":
-    """Check a recipe against TRL on any machine, also one without the GPUs that it asks for.
+    """Check a recipe against TRL, peft and accelerate_configs/ on any machine, also one without the GPUs it asks for.
 
     Sizes are those of `launch.num_processes`, simulated as one process with as many times the rows.
 
     Raises:
-        RecipeError: what `validate_trainer`, `plan_batches`, `check_generation` or GRPOConfig refuse.
+        RecipeError: what `validate_trainer`, `plan_batches`, `check_generation`, GRPOConfig or `lora_config` refuse,
+            or an accelerate configuration that does not exist or is none.
     """
+    from rlbal.launch import accelerate_config, read_accelerate_config
+    from rlbal.model import lora_config
+
     trainer = validate_trainer(recipe.trainer)
     plan = plan_batches(recipe, with_defaults(trainer), recipe.launch.num_processes)
     check_generation(recipe, trainer)
@@ -205,7 +243,11 @@ def bind_trainer(recipe: Recipe) -> "tuple[GRPOConfig, BatchPlan]":
     kwargs["per_device_train_batch_size"] = plan.per_device * plan.num_processes
     kwargs["use_cpu"] = True
     kwargs.pop("tf32", None)  # only a GPU can be asked for it
-    return _build(kwargs), plan
+    args = _build(kwargs)
+    lora_config(recipe)
+    if recipe.launch.accelerate is not None:
+        read_accelerate_config(accelerate_config(recipe.launch.accelerate))
+    return args, plan
 
 
 def completion_limit(args: "GRPOConfig") -> int:
@@ -224,7 +266,7 @@ def training_args(recipe: Recipe, num_processes: int) -> "tuple[GRPOConfig, Batc
     """The GRPOConfig for the processes that are really here; on a machine without accelerator, the CPU is used.
 
     Raises:
-        RecipeError: as `bind_trainer`, for the live number of processes.
+        RecipeError: as `bind_trainer`, for the live number of processes; or a package is missing that it needs.
     """
     import torch
 
@@ -237,4 +279,7 @@ def training_args(recipe: Recipe, num_processes: int) -> "tuple[GRPOConfig, Batc
         # TRL's default is bf16, which a CPU has no use for; but the launch configuration and TRL must say the same.
         if not trainer.get("bf16"):
             kwargs["bf16"] = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
-    return _build(kwargs), plan
+    args = _build(kwargs)
+    if missing := missing_package(args):
+        raise missing
+    return args, plan

@@ -149,7 +149,10 @@ def _scale(
 def _beta_scale(
     p_NK: torch.Tensor, present_NK: torch.Tensor, group_N: torch.Tensor, num_groups: int
 ) -> tuple[torch.Tensor, dict[str, list[float]]]:
-    """Beta density at each row's group mean, 1 where the mean is 0 or 1 (the centred reward is 0 there): (N, K)."""
+    """Beta density at each row's group mean, 1 where the mean is 0 or 1 (the centred reward is 0 there): (N, K).
+
+    At least EPSILON: with many prompts alike, the density at one that is not underflows, and its advantages with it.
+    """
     means_PK, counts_PK = group_mean(p_NK, present_NK, group_N, num_groups)
     density_PK = torch.ones_like(means_PK)
     metrics: dict[str, list[float]] = {"alpha": [], "beta": []}
@@ -157,7 +160,7 @@ def _beta_scale(
         seen_P = counts_PK[:, k] > 0
         alpha, beta = beta_parameters(means_PK[seen_P, k]) if seen_P.any() else (1.0, 1.0)
         inside_P = seen_P & (means_PK[:, k] > 0) & (means_PK[:, k] < 1)
-        density_PK[inside_P, k] = beta_density(means_PK[inside_P, k], alpha, beta)
+        density_PK[inside_P, k] = beta_density(means_PK[inside_P, k], alpha, beta).clamp(min=EPSILON)
         metrics["alpha"].append(alpha)
         metrics["beta"].append(beta)
     return density_PK[group_N], metrics

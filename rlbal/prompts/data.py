@@ -1,7 +1,6 @@
 """From the recipe's `data:` section to training and held-out prompts.
 
-Every process of a run calls `load_data` by itself and gets the same rows: only the recipe and its seed decide. Nothing
-is written beside the user's files; the columns added here live in memory.
+Every process of a run calls `load_data` itself and gets the same rows: only recipe and seed decide. Nothing is written.
 """
 
 import hashlib
@@ -138,10 +137,11 @@ def limit_prompt_tokens(
         The dataset and a note about dropped rows, or None if all were kept.
 
     Raises:
-        DataError: a prompt is too long and `data.overlong` is `error`; or every prompt is too long.
+        DataError: a prompt is too long and `data.overlong` is `error`; all are; or the chat template is missing.
     """
     limit = data.max_prompt_tokens
     if limit is None:
+        prompt_token_lengths(dataset.select([0]), tokenizer, chat_template_kwargs)  # is there a chat template?
         return dataset, None
     lengths = prompt_token_lengths(dataset, tokenizer, chat_template_kwargs)
     kept = [row for row, length in enumerate(lengths) if length <= limit]

@@ -229,8 +229,10 @@ def _read_parquet(path: Path) -> _File:
 
 def _read_csv(path: Path) -> _File:
     rows, lines = [], []
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream, strict=True)
+    with path.open("rb") as stream:
+        # Decoded line by line, so that an error is in the line that the reader would count next.
+        text = (line.decode("utf-8" if number else "utf-8-sig") for number, line in enumerate(stream))
+        reader = csv.reader(text, strict=True)
         try:
             header = next(reader, [])
             for row in reader:
@@ -266,8 +268,11 @@ def _concatenate(files: list[_File]) -> pa.Table:
 
 def _nearest_neighbour(path: Path) -> str:
     if not path.parent.is_dir():
-        return f"the folder {path.parent} does not exist either"
-    return nearest(path.name, [found.name for found in path.parent.iterdir() if not found.name.startswith(".")])
+        hint = f"the folder {path.parent} does not exist either"
+    else:
+        hint = nearest(path.name, [found.name for found in path.parent.iterdir() if not found.name.startswith(".")])
+    # A recipe may be launched from anywhere; its paths are not relative to where it lies.
+    return hint if path.is_absolute() else f"{hint} Paths start from the current folder, {Path.cwd()}.".strip()
 
 
 def _first_line(error: Exception) -> str:

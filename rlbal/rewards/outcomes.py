@@ -14,6 +14,8 @@ Reason = Literal[
     "raised", "timeout", "died", "nan", "infinite", "wrong_count", "not_a_number", "out_of_range"
 ]  # fmt: skip
 
+LARGEST = 3.4028234663852886e38  # of single precision, in which TRL keeps rewards: beyond it they would be infinite
+
 HINTS: dict[str, str] = {
     "raised": "correct the reward function or its `args`",
     "timeout": "raise `rewards.functions.{name}.timeout`, or make the function faster",
@@ -74,8 +76,8 @@ def _outcome(value: Any, bounds: tuple[float, float] | None) -> Outcome:
         return Fault("infinite", "returned an integer too large for a float")
     if math.isnan(number):
         return Fault("nan", "returned NaN")
-    if math.isinf(number):
-        return Fault("infinite", f"returned {number}")
+    if abs(number) > LARGEST:
+        return Fault("infinite", f"returned {number:g}, which is infinite in single precision")
     if bounds is not None and not bounds[0] <= number <= bounds[1]:
         return Fault("out_of_range", f"returned {number:g}, outside its range [{bounds[0]:g}, {bounds[1]:g}]")
     return number

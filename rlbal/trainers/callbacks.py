@@ -17,12 +17,26 @@ if TYPE_CHECKING:
     from rlbal.trainers.grpo import BalancedGRPOTrainer
 
 
+class NothingLeft(Exception):
+    """A resumed run has done all its steps already; TRL's loop would do one more all the same."""
+
+
 class RunRecorder(TrainerCallback):
     """Writes metrics.jsonl, and rlbal's part of every checkpoint; keeps the best checkpoint."""
 
     def __init__(self, run: RunDirectory) -> None:
         self.run = run
         self.trainer: BalancedGRPOTrainer | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise NothingLeft
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # The last evaluation belongs inside the loop, where a best checkpoint can still be saved.
+        assert self.trainer is not None
+        if state.global_step >= state.max_steps and self.trainer.evaluator is not None:
+            control.should_evaluate |= self.trainer.recipe.evaluation.at_end
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         assert self.trainer is not None
@@ -161,10 +175,10 @@ class StepProgress(TrainerCallback):
             self.last_line = time.monotonic()
             print(f"step {state.global_step}/{state.max_steps}  {line}", file=sys.stderr, flush=True)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.close()
+    def __enter__(self) -> "StepProgress":
+        return self
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """Leave the terminal as it was, also after an error."""
         if self.progress is not None:
             self.progress.stop()

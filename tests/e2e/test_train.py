@@ -1,5 +1,6 @@
 """Whole runs of a tiny random model: what they leave behind, and what happens when something goes wrong."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.trainer import grpo_trainer
 
 from rlbal.errors import DataError, RewardError, RunError, TrainingStopped
 from rlbal.recipe import Recipe, parse_recipe
@@ -24,15 +26,27 @@ PROMISED += ["length/mean", "length/truncated", "time/generate", "time/reward", 
 REWARDS = '''
 import os, signal
 calls = 0
-def first(completions, **kwargs):
-    """Share of small letters."""
-    return [sum(c.islower() for c in text) / max(len(text), 1) for text in completions]
+def first(completion_ids, **kwargs):
+    """Share of even tokens: it varies under a random model, so that there is something to learn."""
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
 def interrupting(completions, **kwargs):
     """Presses Ctrl-C in the second batch."""
     global calls
     calls += bool(kwargs.get('trainer_state'))  # not when evaluating
     if calls == 2 and kwargs.get('trainer_state'):
         os.kill(os.getpid(), signal.SIGINT)
+    return [float(len(text) % 2) for text in completions]
+def interrupting_at_the_end(completions, **kwargs):
+    """Presses Ctrl-C in the fourth batch."""
+    global calls
+    calls += bool(kwargs.get('trainer_state'))  # not when evaluating
+    if calls == 4 and kwargs.get('trainer_state'):
+        os.kill(os.getpid(), signal.SIGINT)
+    return [float(len(text) % 2) for text in completions]
+def unable_to_evaluate(completions, trainer_state=None, **kwargs):
+    """Raises in evaluations until there is a file `repaired`."""
+    if trainer_state is None and not os.path.exists(os.path.join(os.path.dirname(__file__), "repaired")):
+        raise KeyError("the unit table")
     return [float(len(text) % 2) for text in completions]
 def breaking(completions, **kwargs):
     """Raises in the second batch."""
@@ -152,6 +166,82 @@ def test_resume_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     train(recipe, resume=True)
     assert steps(run) == [1, 2, 3, 4]
     assert [evaluation["step"] for evaluation in read_jsonl(run.evaluations_path)] == [0, 2, 4]
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path)
+    run = RunDirectory(train(recipe))
+    model = (run.model_path / "model.safetensors").read_bytes()
+    recorded = [path.read_text() for path in (run.metrics_path, run.evaluations_path)]
+    train(recipe, resume=True)
+    assert [path.read_text() for path in (run.metrics_path, run.evaluations_path)] == recorded
+    assert (run.model_path / "model.safetensors").read_bytes() == model
+    assert run.latest_checkpoint().name == "checkpoint-4"
+
+
+def test_ctrl_c_in_the_last_step_leaves_only_the_final_model_to_write(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, "interrupting_at_the_end")
+    run = RunDirectory(recipe.output_dir)
+    with pytest.raises(TrainingStopped, match="stopped after step 4"):
+        train(recipe)
+    train(recipe, resume=True)
+    assert steps(run) == [1, 2, 3, 4]
+    assert [evaluation["step"] for evaluation in read_jsonl(run.evaluations_path)] == [0, 2, 4]
+    assert run.model_path.is_dir()
+
+
+def test_an_evaluation_that_failed_before_the_first_step_is_made_up_for(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, "unable_to_evaluate")
+    run = RunDirectory(recipe.output_dir)
+    with pytest.raises(TrainingStopped, match=r"evaluation: reward `first` failed[\s\S]*the unit table"):
+        train(recipe)
+    assert run.latest_checkpoint().name == "checkpoint-0"
+    (tmp_path / "repaired").touch()
+    train(recipe, resume=True)
+    assert steps(run) == [1, 2, 3, 4]
+    assert [evaluation["step"] for evaluation in read_jsonl(run.evaluations_path)] == [0, 2, 4]
+
+
+def test_the_best_checkpoint_exists_also_when_it_is_the_last_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last step is no multiple of `every`, nothing else is saved, and each evaluation is better than the last."""
+    better = itertools.count()
+    monkeypatch.setattr("rlbal.evaluation.averages", lambda columns: dict.fromkeys(columns, float(next(better))))
+    recipe = recipe_for(tmp_path, save_strategy="no")
+    recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"every": 3})})
+    run = RunDirectory(train(recipe))
+    assert [evaluation["step"] for evaluation in read_jsonl(run.evaluations_path)] == [0, 3, 4]
+    best = json.loads((run.path / "best.json").read_text())
+    assert best["checkpoint"] == "checkpoint-4"
+    assert best["checkpoint"] in {checkpoint.name for checkpoint in run.checkpoints()}
+
+
+def test_overlong_prompts_left_out_leave_too_few_for_a_batch(tmp_path: Path) -> None:
+    """Without the check TRL would train 0 steps and say nothing."""
+    recipe = recipe_for(tmp_path, max_steps=1)
+    with (tmp_path / "sums.jsonl").open("a") as file:
+        file.write('{"question": "1+1?", "answer": "2"}\n')
+    data = recipe.data.model_copy(update={"max_prompt_tokens": 6, "overlong": "drop", "eval_size": 0})
+    with pytest.raises(DataError, match="1 training prompts do not fill one generation batch of 2"):
+        train(
+            recipe.model_copy(update={"data": data, "evaluation": recipe.evaluation.model_copy(update={"every": None})})
+        )
+
+
+def test_the_reference_model_is_of_the_same_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_for(tmp_path, max_steps=1, beta=0.1)
+    model = recipe.model.model_copy(update={"revision": "v2"})
+    asked: list[dict[str, Any]] = []
+    create = grpo_trainer.create_model_from_path
+
+    def recorded(path: str, **kwargs: Any) -> Any:
+        asked.append(kwargs)
+        return create(path, **kwargs)
+
+    monkeypatch.setattr(grpo_trainer, "create_model_from_path", recorded)
+    train(recipe.model_copy(update={"model": model}))
+    assert [kwargs["revision"] for kwargs in asked] == ["v2"]
 
 
 def test_a_reward_that_raises_stops_the_run_after_a_checkpoint(tmp_path: Path) -> None:

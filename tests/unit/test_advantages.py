@@ -199,3 +199,13 @@ def test_beta_gives_nothing_where_a_prompt_always_or_never_succeeds():
 def test_beta_without_ranges_or_in_the_other_order_is_refused(rule, ranges):
     with pytest.raises(ValueError, match="scale `beta` needs the range of every reward and the order"):
         compute([[1.0], [0.0]], [0, 0], [1.0], rule, ranges)
+
+
+def test_beta_stays_finite_where_the_density_vanishes() -> None:
+    """40 prompts at one half and one near 0: the density there is below 1e-12, so the floor of 1e-4 divides."""
+    rewards_N1 = torch.tensor([[0.49], [0.51]] * 40 + [[0.0], [0.0002]], dtype=torch.float64)
+    group_N = torch.arange(41).repeat_interleave(2)
+    rule = AdvantageRule(scale="beta", order="normalize_then_sum")
+    advantages_N, _ = compute_advantages(rewards_N1, group_N, torch.ones(1), rule, torch.tensor([[0.0, 1.0]]))
+    # r - p_g = -0.0001 and 0.0001
+    assert advantages_N[-2:].tolist() == pytest.approx([-1.0, 1.0], rel=1e-4)

@@ -158,6 +158,7 @@ def test_the_table_and_the_exit_code(values: dict[str, Any]) -> None:
         ),
         ({"launch__accelerate": "zero33"}, ["recipe: no accelerate configuration `zero33`. Did you mean `zero3`?"]),
         ({"lora": {"rank": 4}}, ["recipe: `lora.rank` is not a field of peft's LoraConfig"]),
+        ({"lora": {"target_modules": ["nope"]}}, ["memory: the `lora:` section does not fit the model"]),
         ({"trainer__per_device_train_batch_size": 6}, ["recipe: "]),
     ],
     ids=lambda value: "" if isinstance(value, list) else "-".join(f"{one}" for one in value),

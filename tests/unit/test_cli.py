@@ -104,6 +104,16 @@ def test_help_says_what_matters(arguments, mentioned):
     assert [word for word in mentioned if word not in text] == []
 
 
+def test_recipes_checks_every_section_of_the_one_it_shows(recipe):
+    result = rlbal("recipes", recipe, "lora={rank: 8}")
+    assert result.exit_code == 1 and result.stdout == ""
+    assert result.stderr.startswith("`lora.rank` is not a field of peft's LoraConfig.")
+
+
+def test_no_processes_are_not_launched(recipe):
+    assert rlbal("train", recipe, "--accelerate", "cpu", "--num-processes", "0").exit_code == 2
+
+
 def test_recipes_lists_what_ships():
     result = rlbal("recipes")
     assert result.exit_code == 0

@@ -257,3 +257,10 @@ def test_prompt_tokens_through_the_chat_template(tmp_path: Path) -> None:
     assert prompt_token_lengths(train, letters(template), {"name": "bot"}) == [24]
     with pytest.raises(DataError, match=r"cannot render the chat prompts"):
         prompt_token_lengths(train, letters())
+
+
+def test_a_missing_chat_template_shows_without_a_limit_too(tmp_path: Path) -> None:
+    section = FileData(source="file", path=write(tmp_path / "a.jsonl", sums(3)), eval_size=0, conversational=True)
+    train = load_data(section, 0).train
+    with pytest.raises(DataError, match="the tokenizer cannot render the chat prompts"):
+        limit_prompt_tokens(train, letters(), section)

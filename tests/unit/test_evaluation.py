@@ -290,6 +290,37 @@ def test_several_processes_find_what_one_finds(processes: int) -> None:
         assert found.missing == one.missing
 
 
+def test_the_mean_length_that_rewards_get_counts_every_row_once() -> None:
+    """Five rows on two processes: the second takes row 0 again, which must not weigh twice."""
+    lengths = {0: [9, 9], 1: [1, 1], 2: [2, 2], 3: [3, 3], 4: [5, 5]}
+    seen: list[float] = []
+
+    class Watching(Scripted):
+        def score(self, prompts: Any, completions: Any, completion_ids: Any, columns: Any) -> Any:
+            seen.append(columns["mean_completion_length"][0])
+            return super().score(prompts, completions, completion_ids, columns)
+
+    def generate_long(prompts: Any, positions: list[int], greedy: bool) -> list[list[Sample]]:
+        return [[Sample([7] * length, "0", False) for length in lengths[position]] for position in positions]
+
+    other = np.array([[1.0, 1.0, 1.0], [3.0, 3.0, 3.0], [0.0, 9.0, 9.0]])  # position, then two lengths
+
+    def gather(rows: Any) -> Any:
+        return np.concatenate([rows, other]) if rows.shape == other.shape else rows
+
+    settings = {"samples_per_prompt": 2, "pass_at": [1]}
+    evaluate_policy(
+        generate_long,
+        ROWS,
+        Watching(),
+        recipe(evaluation=settings),
+        max_new_tokens=9,
+        gather=gather,
+        num_processes=2,
+    )
+    assert seen == [pytest.approx((9 + 1 + 2 + 3 + 5) / 5)]
+
+
 def test_shares_cover_every_row_and_are_equally_long() -> None:
     assert [share_of_rows(5, process, 2) for process in range(2)] == [[0, 2, 4], [1, 3, 0]]
     assert [share_of_rows(1, process, 3) for process in range(3)] == [[0], [0], [0]]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlbal.errors import RecipeError
-from rlbal.launch import accelerate_config, launch, launch_command
+from rlbal.launch import accelerate_config, launch, launch_command, read_accelerate_config
 from rlbal.shipped import shipped_dir
 from tests.small_recipe import SMALL
 
@@ -58,6 +58,24 @@ def test_a_number_of_processes_alone_is_not_enough(tmp_path):
         "--num-processes needs an accelerate configuration\n"
         "Fix: give --accelerate X (a file of accelerate_configs/), or set `launch.accelerate`"
     )
+
+
+def test_several_machines_are_not_launched_from_one(recipe):
+    with pytest.raises(RecipeError) as caught:
+        launch_command(recipe, [], [], "zero3_multinode", 16)
+    assert str(caught.value).startswith(
+        "`zero3_multinode` is for several machines, and this one would wait for the others\nFix: "
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "what"), [("a: [", "is not YAML"), ("", "is not an accelerate"), ("- a", "is not an")]
+)
+def test_a_file_that_is_no_configuration(text, what, tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=what):
+        read_accelerate_config(path)
 
 
 def test_a_bad_recipe_is_refused_before_anything_is_launched():

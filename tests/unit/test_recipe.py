@@ -63,7 +63,8 @@ def test_a_source_only_offers_its_own_keys():
         ),
         ("rewards.functions.correct.range=[0]", "`rewards.functions.correct.range.1`: Field required"),
         ("rewards.functions.correct={}", "`rewards.functions.correct.function`: Field required"),
-        ("trainer=3", "`trainer`: Input should be a valid dictionary (got 3)"),
+        ("trainer=3", "`trainer`: this is a section: give it keys of its own (got 3)"),
+        ("model=Qwen/Qwen3-0.6B", "`model`: this is a section: give it keys of its own (got 'Qwen/Qwen3-0.6B')"),
         ("data.source=fil", "`data.source`: 'fil' is no source of data. Did you mean `file`?"),
         (
             "data={task: chain_sum}",
@@ -199,3 +200,12 @@ def test_success_is_the_first_reward_unless_named():
     second = "rewards.functions.short={function: 'a:b'}"
     assert small(second).rewards.success_name == "correct"
     assert small(second, "rewards.success=short").rewards.success_name == "short"
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    recipe = small("output_dir=~/runs/a", 'data={source: file, path: ["~/a.jsonl", b~.jsonl], eval_path: ~/c.jsonl}')
+    assert recipe.output_dir == "/home/someone/runs/a"
+    assert (
+        recipe.data.path == ["/home/someone/a.jsonl", "b~.jsonl"] and recipe.data.eval_path == "/home/someone/c.jsonl"
+    )

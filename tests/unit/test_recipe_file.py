@@ -155,3 +155,16 @@ def test_the_resolved_dump_reads_back_equal(write):
     path = write(recipe.dump())
     assert read_recipe(path) == recipe
     assert recipe.advantage.baseline == "group" and "baseline: group" in recipe.dump()
+
+
+@pytest.mark.parametrize("override", ["data.prompt=Q # {question}", "data.system=# be brief", "seed=3 # the third"])
+def test_an_override_loses_nothing_to_a_comment(override):
+    with pytest.raises(RecipeError, match="would be lost\nWhy: YAML takes what follows ` #` for a comment\nFix: "):
+        apply_override({}, override)
+
+
+def test_a_quoted_override_keeps_its_hash():
+    values = {}
+    apply_override(values, 'data.prompt="Q # {question}"')
+    apply_override(values, "data.system=No#1")
+    assert values == {"data": {"prompt": "Q # {question}", "system": "No#1"}}

@@ -8,7 +8,18 @@ from trl import GRPOConfig
 
 from rlbal.errors import RecipeError
 from rlbal.recipe import parse_yaml
-from rlbal.trainer_args import CHOICES, OWNED, POSITIVE, bind_trainer, trainer_model, training_args, validate_trainer
+from rlbal.trainer_args import (
+    BELOW_ONE,
+    CHOICES,
+    NOT_NEGATIVE,
+    OWNED,
+    POSITIVE,
+    bind_trainer,
+    missing_package,
+    trainer_model,
+    training_args,
+    validate_trainer,
+)
 from tests.small_recipe import small
 
 
@@ -36,7 +47,7 @@ def test_a_key_that_another_section_decides_names_its_place(key):
 
 def test_owned_and_known_keys_are_trl_fields():
     fields = {field.name for field in dataclasses.fields(GRPOConfig) if field.init}
-    assert OWNED.keys() | CHOICES.keys() | POSITIVE <= fields
+    assert OWNED.keys() | CHOICES.keys() | POSITIVE | NOT_NEGATIVE | BELOW_ONE <= fields
     assert trainer_model().model_fields.keys() == fields - OWNED.keys()
 
 
@@ -56,6 +67,13 @@ def test_owned_and_known_keys_are_trl_fields():
             for key in sorted(POSITIVE)
             for bad in (0, -8)
         ),
+        *(
+            (f"{key}=-1", f"`trainer.{key}`: Input should be greater than or equal to 0 (got -1)")
+            for key in sorted(NOT_NEGATIVE | BELOW_ONE)
+        ),
+        *((f"{key}=1", f"`trainer.{key}`: Input should be less than 1 (got 1)") for key in sorted(BELOW_ONE)),
+        ("chat_template_kwargs=thinking", "`trainer.chat_template_kwargs`: 'thinking' is not a mapping"),
+        ("save_strategy=best", "`trainer.save_strategy: best` needs evaluations"),
     ],
 )
 def test_a_wrong_value_names_its_key(override, message):
@@ -70,6 +88,7 @@ def test_a_wrong_value_names_its_key(override, message):
         ("warmup_steps=-1", "Got warmup_steps = -1.0"),
         ("accelerator_config=missing.json", "[Errno 2] No such file or directory: 'missing.json'"),
         ("auto_find_batch_size=true", "auto_find_batch_size is not supported by GRPO"),
+        ("report_to=wanddb", "wanddb is not supported, only"),
     ],
 )
 def test_what_trl_refuses_comes_without_its_traceback(override, why):
@@ -238,3 +257,48 @@ def test_choices_are_the_ones_trl_documents(key):
 
 def test_a_bare_no_is_the_strategy_of_that_name():
     assert validate_trainer(parse_yaml("save_strategy: no")) == {"save_strategy": "no"}
+
+
+# What the recipe needs beside TRL
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lora={rank: 8}", "`lora.rank` is not a field of peft's LoraConfig."),
+        ("lora={inference_mode: true}", "`lora.inference_mode` is not a field of peft's LoraConfig."),
+        (
+            "lora={r: eight}",
+            "`lora.r`: Input should be a valid integer, unable to parse string as an integer (got 'eight",
+        ),
+        ("lora={r: 0}", "`lora.r`: Input should be greater than 0 (got 0)"),
+        ("lora={bias: some}", "`lora.bias`: Input should be 'none', 'all' or 'lora_only' (got 'some')"),
+        ("lora={task_type: SEQ_CLS}", "`lora.task_type` must be CAUSAL_LM"),
+        ("launch.accelerate=zero33", "no accelerate configuration `zero33`. Did you mean `zero3`?"),
+    ],
+)
+def test_adapters_and_launch_are_checked_with_the_recipe(override, message):
+    assert refusal(override).startswith(message)
+
+
+@pytest.mark.parametrize("lora", ["{}", "{r: 4, init_lora_weights: pissa_niter_16}", "{target_modules: all-linear}"])
+def test_adapters_that_peft_takes_are_taken(lora):
+    bind_trainer(small(f"lora={lora}"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("use_vllm=true", "`trainer.use_vllm` needs vLLM"), ("report_to=wandb", "`trainer.report_to: wandb` needs a")],
+)
+def test_a_missing_package_stops_training_but_not_the_reading_of_a_recipe(override, message, monkeypatch):
+    monkeypatch.setattr("rlbal.trainer_args.find_spec", lambda name: None)
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["tensorboard"])
+    args, _ = bind_trainer(small(f"trainer.{override}"))
+    assert str(missing_package(args)).startswith(message)
+    with pytest.raises(RecipeError, match="needs"):
+        training_args(small(f"trainer.{override}"), 1)
+
+
+def test_nothing_is_missing_for_a_plain_recipe():
+    args, _ = bind_trainer(small("trainer.report_to=none"))
+    assert missing_package(args) is None
