@@ -18,6 +18,7 @@ from rlbal.recipe import Recipe, read_recipe
 from rlbal.run import STATE, RunDirectory, read_jsonl
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import GRPOConfig
 
@@ -36,6 +37,15 @@ class Inputs:
     plan: "BatchPlan"
     data: "PromptData"
     suite: "RewardSuite"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The model to train, its tokenizer, and the training rows whose prompts it can take."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    rows: "Dataset"
 
 
 def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Path:
@@ -73,10 +83,13 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     try:
         inputs = load_inputs(recipe, args, plan)
         with inputs.suite:
+            # What does not load or fit is found before an earlier run is deleted; a tiny model is built into the new one.
+            policy = None if recipe.model.tiny else load_policy(inputs, str(recipe.model.name_or_path))
             _claim(run, recipe, args, checkpoint, overwrite)
+            policy = policy or load_policy(inputs, _build_tiny(inputs, run))
             evaluated = run.evaluated_steps()
             at_start = (checkpoint is None or checkpoint.name == "checkpoint-0") and 0 not in evaluated
-            trainer = build_trainer(inputs, run, start_evaluation=at_start)
+            trainer = build_trainer(inputs, policy, run, start_evaluation=at_start)
             _train(trainer, run, checkpoint, console, evaluated)
         if args.distributed_state.is_main_process:
             _summarise(run, console)
@@ -137,22 +150,26 @@ def _claim(run: RunDirectory, recipe: Recipe, args: "GRPOConfig", checkpoint: Pa
     everyone.wait_for_everyone()
 
 
-def load_policy(inputs: Inputs, run: RunDirectory) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load the model and its tokenizer; a tiny one is built into the run directory first.
+def _build_tiny(inputs: Inputs, run: RunDirectory) -> Path:
+    """Build the recipe's tiny model into the run directory, on one process; where it is."""
+    from rlbal.model import WARM_START, build_tiny
+
+    with inputs.args.distributed_state.main_process_first():
+        build_tiny(inputs.recipe, inputs.data.train, run.path / WARM_START)
+    return run.path / WARM_START
+
+
+def load_policy(inputs: Inputs, source: str | Path) -> Policy:
+    """Load the model and its tokenizer from a hub id or a folder, and see whether the run fits them.
 
     Raises:
-        RlbalError: it does not load, its warm start did not converge, or completions do not fit its context.
+        RlbalError: it does not load, `lora:` does not suit it, or prompts and completions do not fit.
     """
-    from rlbal.model import WARM_START, build_tiny, context_length, load_model, load_tokenizer
-    from rlbal.trainer_args import completion_limit
+    from rlbal.model import adapter_parameters, context_length, load_model, load_tokenizer, lora_config
+    from rlbal.prompts.data import limit_prompt_tokens
+    from rlbal.trainer_args import chat_options, completion_limit
 
     recipe, args = inputs.recipe, inputs.args
-    source: str | Path | None = recipe.model.name_or_path
-    if recipe.model.tiny is not None:
-        source = run.path / WARM_START
-        with args.distributed_state.main_process_first():
-            build_tiny(recipe, inputs.data.train, source)
-    assert source is not None
     tokenizer, model = load_tokenizer(source, recipe.model), load_model(source, recipe.model)
     limit = context_length(model)
     if limit is not None and completion_limit(args) >= limit:
@@ -161,25 +178,27 @@ def load_policy(inputs: Inputs, run: RunDirectory) -> "tuple[PreTrainedModel, Pr
             f"{limit} positions",
             fix="lower it",
         )
-    return model, tokenizer
-
-
-def build_trainer(inputs: Inputs, run: RunDirectory, start_evaluation: bool = True) -> "BalancedGRPOTrainer":
-    """Put the trainer together; `start_evaluation` asks for one before the first step if the recipe does."""
-    from transformers import PrinterCallback, ProgressCallback
-
-    from rlbal.model import lora_config
-    from rlbal.prompts.data import limit_prompt_tokens
-    from rlbal.trainer_args import chat_options
-    from rlbal.trainers.callbacks import RunRecorder
-    from rlbal.trainers.grpo import BalancedGRPOTrainer
-
-    recipe, args = inputs.recipe, inputs.args
-    model, tokenizer = load_policy(inputs, run)
+    lora = lora_config(recipe)
+    if lora is not None and args.deepspeed_plugin is None:  # ZeRO-3 has the weights in pieces already
+        adapter_parameters(model, lora)
     rows, note = limit_prompt_tokens(inputs.data.train, tokenizer, recipe.data, chat_options(args))
     if note is not None and args.distributed_state.is_main_process:
         print(f"note: {note}", file=sys.stderr)
     _check_fills_batch(len(rows), inputs.plan)  # again: overlong prompts may be gone
+    return Policy(model, tokenizer, rows)
+
+
+def build_trainer(
+    inputs: Inputs, policy: Policy, run: RunDirectory, start_evaluation: bool = True
+) -> "BalancedGRPOTrainer":
+    """Put the trainer together; `start_evaluation` asks for one before the first step if the recipe does."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    from rlbal.model import lora_config
+    from rlbal.trainers.callbacks import RunRecorder
+    from rlbal.trainers.grpo import BalancedGRPOTrainer
+
+    recipe, args = inputs.recipe, inputs.args
     if recipe.model.revision is not None:
         args.model_init_kwargs = {"revision": recipe.model.revision}  # TRL loads the reference model itself
     args.eval_on_start = start_evaluation and recipe.evaluation.at_start and inputs.data.eval is not None
@@ -188,10 +207,10 @@ def build_trainer(inputs: Inputs, run: RunDirectory, start_evaluation: bool = Tr
         recipe=recipe,
         plan=inputs.plan,
         suite=inputs.suite,
-        rows=rows,
+        rows=policy.rows,
         eval_rows=inputs.data.eval,
-        tokenizer=tokenizer,
-        model=model,
+        tokenizer=policy.tokenizer,
+        model=policy.model,
         args=args,
         peft_config=lora_config(recipe),
         callbacks=[recorder],

@@ -65,7 +65,8 @@ class PolicyEvaluator:
                 greedy=greedy,
                 positions=positions,
                 device=trainer.accelerator.device,
-                progress=trainer.accelerator.is_main_process,
+                # While training, the bar over steps has the terminal.
+                progress=trainer.accelerator.is_main_process and not trainer.is_in_train,
                 chat_template_kwargs=chat_options(trainer.args),
             )
 

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer import grpo_trainer
 
-from rlbal.errors import DataError, RewardError, RunError, TrainingStopped
-from rlbal.recipe import Recipe, parse_recipe
+from rlbal.errors import DataError, RecipeError, RewardError, RlbalError, RunError, TrainingStopped
+from rlbal.recipe import ModelSection, Recipe, parse_recipe
 from rlbal.run import RunDirectory, read_jsonl
 from rlbal.tiny import build_model, build_tokenizer
 from rlbal.train import train
@@ -262,6 +262,20 @@ def test_a_reward_whose_column_is_missing_is_refused_before_anything_is_generate
 def test_too_few_prompts_for_one_batch(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="28 training prompts do not fill one generation batch of 64 prompts"):
         train(recipe_for(tmp_path, per_device_train_batch_size=256))
+
+
+def test_overwrite_deletes_nothing_when_the_new_run_cannot_start(tmp_path: Path) -> None:
+    run = RunDirectory(train(recipe_for(tmp_path, max_steps=1)))
+    recipe = recipe_for(tmp_path, max_steps=1)
+    no_model = recipe.model_copy(update={"model": ModelSection(name_or_path=str(tmp_path / "nowhere"))})
+    with pytest.raises(RlbalError, match="nowhere"):
+        train(no_model, overwrite=True)
+    misfit = recipe.model_copy(
+        update={"model": ModelSection(name_or_path=str(run.model_path)), "lora": {"target_modules": ["nope"]}}
+    )
+    with pytest.raises(RecipeError, match=r"`lora:` section does not fit"):
+        train(misfit, overwrite=True)
+    assert steps(run) == [1] and run.model_path.is_dir()
 
 
 def test_resume_without_a_checkpoint_says_what_to_do(tmp_path: Path) -> None:
