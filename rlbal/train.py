@@ -83,7 +83,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     try:
         inputs = load_inputs(recipe, args, plan)
         with inputs.suite:
-            # What does not load or fit is found before an earlier run is deleted; a tiny model is built into the new one.
+            # What does not load or fit is found before an earlier run is deleted; a tiny model needs the new one.
             policy = None if recipe.model.tiny else load_policy(inputs, str(recipe.model.name_or_path))
             _claim(run, recipe, args, checkpoint, overwrite)
             policy = policy or load_policy(inputs, _build_tiny(inputs, run))
