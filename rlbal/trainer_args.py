@@ -189,6 +189,8 @@ def _build(kwargs: dict[str, Any]) -> "GRPOConfig":
 
     if kwargs.get("max_completion_length", 1) is None:
         raise RecipeError("`trainer.max_completion_length` needs a number of tokens")
+    if kwargs.get("max_steps") == 0:
+        raise RecipeError("`trainer.max_steps: 0` would train nothing", fix="leave it out to use `num_train_epochs`")
     if kwargs.get("save_strategy") == "best" and kwargs["metric_for_best_model"] is None:
         raise RecipeError(
             "`trainer.save_strategy: best` needs evaluations to tell which is best",
@@ -199,6 +201,8 @@ def _build(kwargs: dict[str, Any]) -> "GRPOConfig":
             warnings.simplefilter("ignore", FutureWarning)
             args = GRPOConfig(**kwargs)
         get_reporting_integration_callbacks(args.report_to)  # knows the names; needs none of them installed
+        if isinstance(args.lr_scheduler_kwargs, dict) and args.lr_scheduler_kwargs:
+            _try_schedule(args.lr_scheduler_type, args.lr_scheduler_kwargs)
     except (ValueError, TypeError, ImportError, NotImplementedError, OSError) as error:
         raise RecipeError("TRL refuses the `trainer:` section", why=str(error)) from None
     if isinstance(args.chat_template_kwargs, str):
@@ -207,6 +211,15 @@ def _build(kwargs: dict[str, Any]) -> "GRPOConfig":
             fix="write it as `{enable_thinking: false}`",
         )
     return args
+
+
+def _try_schedule(name: Any, kwargs: dict[str, Any]) -> None:
+    """Build the learning rate schedule once, for an optimizer of nothing, so that its arguments are looked at now."""
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    get_scheduler(name, optimizer, 1, 10, scheduler_specific_kwargs=kwargs)
 
 
 def missing_package(args: "GRPOConfig") -> RecipeError | None:

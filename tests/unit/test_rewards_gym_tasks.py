@@ -71,7 +71,9 @@ def test_other_scorers_and_other_data_are_left_alone() -> None:
 
 @pytest.mark.parametrize("datasets", [None, 3, ["chain_sum"], [{"weight": 1}], [{"name": 3}]])
 def test_malformed_composites_are_left_to_those_who_make_the_problems(datasets: Any) -> None:
-    fit_to_data(recipe({"task": "composite", "config": {"datasets": datasets}}))
+    broken = recipe({"task": "composite", "config": {"datasets": datasets}})
+    configs = fit_to_data(broken).functions["right"].args.get("configs", {})
+    assert set(configs) <= {"3"} and not any(configs.values()), "no options are invented for what is not a task"
 
 
 def test_options_reach_the_scorer() -> None:

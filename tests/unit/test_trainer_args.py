@@ -7,6 +7,7 @@ import pytest
 from trl import GRPOConfig
 
 from rlbal.errors import RecipeError
+from rlbal.model import lora_config
 from rlbal.recipe import parse_yaml
 from rlbal.trainer_args import (
     BELOW_ONE,
@@ -283,7 +284,20 @@ def test_adapters_and_launch_are_checked_with_the_recipe(override, message):
 
 @pytest.mark.parametrize("lora", ["{}", "{r: 4, init_lora_weights: pissa_niter_16}", "{target_modules: all-linear}"])
 def test_adapters_that_peft_takes_are_taken(lora):
-    bind_trainer(small(f"lora={lora}"))
+    recipe = small(f"lora={lora}")
+    bind_trainer(recipe)
+    taken = lora_config(recipe)
+    assert {key: getattr(taken, key) for key in recipe.lora} == recipe.lora
+
+
+def test_max_steps_of_0_is_refused():
+    assert refusal("trainer.max_steps=0").startswith("`trainer.max_steps: 0` would train nothing")
+
+
+def test_arguments_of_the_schedule_are_looked_at():
+    cosine = ("trainer.lr_scheduler_type=cosine_with_min_lr", "trainer.lr_scheduler_kwargs={min_lr_rate: 0.1}")
+    assert bind_trainer(small(*cosine))[0].lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+    assert "unexpected keyword argument 'x'" in refusal("trainer.lr_scheduler_kwargs={x: 1}")
 
 
 @pytest.mark.parametrize(
