@@ -31,6 +31,7 @@ from rlbal.sections import (
     RewardSpec,
     RewardsSection,
     Section,
+    SpeedSection,
     TinySection,
     UserPath,
     WarmStartSection,
@@ -57,6 +58,7 @@ __all__ = [
     "RewardSpec",
     "RewardsSection",
     "Section",
+    "SpeedSection",
     "TinySection",
     "WarmStartSection",
     "WeightingSection",
@@ -91,6 +93,7 @@ class Recipe(Section):
     )
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     trainer: dict[str, Any] = Field(default_factory=dict, description="Fields of TRL's GRPOConfig.")
+    speed: SpeedSection = Field(default_factory=SpeedSection)
     launch: LaunchSection = Field(default_factory=LaunchSection)
 
     @model_validator(mode="before")

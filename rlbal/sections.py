@@ -292,6 +292,30 @@ class EvaluationSection(Section):
         return self
 
 
+class SpeedSection(Section):
+    """Faster steps. None of these keys changes what is learned."""
+
+    compact_micro_batches: bool = Field(
+        default=True,
+        description="Leave rows without advantage out of the backward pass, sort the rest by length and cut their "
+        "padding; the gradient stays the same.",
+    )
+    max_tokens_per_micro_batch: int | None = Field(
+        default=None,
+        ge=1,
+        description="Micro-batches of at most so many tokens, padding included, instead of "
+        "`trainer.per_device_train_batch_size` rows.",
+    )
+    generation: Literal["rlbal", "transformers"] = Field(
+        default="rlbal",
+        description="Who decodes when neither vLLM nor continuous batching does: rlbal drops finished rows and shares "
+        "the prefill of a prompt's rows; transformers keeps all rows to the end.",
+    )
+    rows_at_once: int | None = Field(
+        default=None, ge=1, description="Rows that rlbal decodes at once per process, to save memory; default: all."
+    )
+
+
 class LaunchSection(Section):
     """The processes the recipe is meant for. Batch sizes are checked against these, not the processes at hand."""
 

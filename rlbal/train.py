@@ -216,6 +216,9 @@ def build_trainer(
         callbacks=[recorder],
     )
     recorder.trainer = trainer
+    if args.distributed_state.is_main_process:
+        for note in trainer.notes:
+            print(f"note: {note}", file=sys.stderr)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer

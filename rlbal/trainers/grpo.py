@@ -3,7 +3,9 @@
 One training step, in the order of the methods below:
 
     _get_train_sampler               which prompts come next
-    _prepare_inputs                  generation is due: how many rollouts each prompt gets, and their rows
+    training_step                    the parts of a micro-batch, one backward pass each
+    _prepare_inputs                  generation is due: how many rollouts each prompt gets, and their rows;
+                                     afterwards, micro-batches without rows and padding that teach nothing
     _generate_and_score_completions  TRL generates and scores; our advantages replace TRL's
     _calculate_rewards               raw rewards of all processes; failed scores decided alike on every process
     log                              what metrics.jsonl says of the step
@@ -13,12 +15,16 @@ TRL keeps generation, the loss, LoRA, checkpoints and the distributed engines. E
 a contract test that fails when TRL changes under it.
 """
 
+import logging
+import math
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
@@ -37,8 +43,11 @@ from rlbal.rewards.outcomes import merge, verdict
 from rlbal.rewards.suite import RewardSuite
 from rlbal.scaling.compute import rollout_flops
 from rlbal.trainers.evaluator import PolicyEvaluator
+from rlbal.trainers.microbatch import Compaction, compact, compaction, inexact, share_left
 from rlbal.trainers.sampler import PromptSampler
 from rlbal.trainers.totals import Totals, model_shape
+
+logger = logging.getLogger(__name__)
 
 
 class BalancedGRPOTrainer(GRPOTrainer):
@@ -92,6 +101,18 @@ class BalancedGRPOTrainer(GRPOTrainer):
         )
         self.shape = model_shape(self.accelerator.unwrap_model(self.model))
         self.evaluator = PolicyEvaluator(self, eval_rows) if eval_rows is not None else None
+        self.notes: list[str] = []
+        self._compaction = self._choose_compaction()
+
+    def _choose_compaction(self) -> Compaction | None:
+        """How micro-batches are compacted, or None; says so where the recipe's loss does not allow it."""
+        if not self.recipe.speed.compact_micro_batches:
+            return None
+        reason = inexact(self)
+        if reason is not None:
+            self.notes.append(f"micro-batches are not compacted: {reason}")
+            return None
+        return compaction(self, self.recipe.speed.max_tokens_per_micro_batch)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         del dataset
@@ -104,11 +125,61 @@ class BalancedGRPOTrainer(GRPOTrainer):
             seed=self.args.seed,
         )
 
-    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        model.train()
+        parts, step = self._prepare_inputs(inputs), self._step
+        loss = torch.zeros((), device=self.accelerator.device)
+        for index, part in enumerate(parts):
+            self._step = step  # TRL counts its micro-batches with it, and a part is no step of its own
+            with nullcontext() if index == len(parts) - 1 else self._without_sync(model):
+                loss += super().training_step(model, part, num_items_in_batch)
+        self._step = step + 1
+        return loss
+
+    @contextmanager
+    def _without_sync(self, model: Any) -> Iterator[None]:
+        """Backward passes that only accumulate: DDP does not reduce, and DeepSpeed takes no step."""
+        state, deepspeed = self.accelerator.gradient_state, DistributedType.DEEPSPEED
+        before = state.sync_gradients
+        state._set_sync_gradients(False)
+        with nullcontext() if self.accelerator.distributed_type == deepspeed else self.accelerator.no_sync(model):
+            yield
+        state._set_sync_gradients(before)
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """The parts that this step trains on; a part itself, which TRL asks for again, is ready as it is."""
+        if isinstance(generation_batch, dict):
+            return generation_batch
         every = self.plan.steps_per_generation * self.num_iterations
-        if self._training and (self._step % every == 0 or self._buffered_inputs is None):
+        due = self._step % every == 0 or self._buffered_inputs is None
+        if due:
             generation_batch = self._allocate(generation_batch)
-        return super()._prepare_inputs(generation_batch)
+        parts = super()._prepare_inputs(generation_batch)
+        if due:
+            buffered: Any = self._split(self._buffered_inputs)  # type: ignore[arg-type]
+            self._buffered_inputs = buffered
+            parts = buffered[self._step % self.plan.steps_per_generation]
+        return parts
+
+    def _split(self, micro_batches: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """TRL's micro-batches as lists of parts, compacted where that is possible."""
+        whole = [[one] for one in micro_batches]
+        if self._compaction is None:
+            return whole
+        parts = compact(
+            micro_batches,
+            # Optimizer steps begin and end at multiples of it, also in later iterations over the same rollouts.
+            math.gcd(self.plan.steps_per_generation, self.plan.accumulation),
+            self._compaction,
+            self.accelerator.gather,
+            self.accelerator.process_index,
+        )
+        if parts is None:
+            self._compaction = None
+            logger.warning("micro-batches are not compacted: they hold more than text")
+            return whole
+        self._report |= share_left(micro_batches, parts)
+        return parts
 
     def _allocate(self, loaded: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """This process's rows of the generation batch, one per rollout."""
@@ -213,6 +284,7 @@ class BalancedGRPOTrainer(GRPOTrainer):
             logs |= {f"time/{part}": seconds for part, seconds in self._times.items()}
             logs["time/train"] = step_seconds - sum(self._times.values())
             self._times = dict.fromkeys(self._times, 0.0)
+            self._metrics["train"].pop("step_time", None)  # TRL's would take a part for a step; time/* say it
         super().log(logs, start_time)
 
     def evaluate(
@@ -227,11 +299,6 @@ class BalancedGRPOTrainer(GRPOTrainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    @property
-    def _training(self) -> bool:
-        assert self.model is not None
-        return self.model.training
 
     @property
     def _final_tokens(self) -> set[int]:

@@ -16,6 +16,7 @@ from tests.support import PROMPTS, make_recipe, make_trainer, scripted_rollouts
 
 SEAMS = {
     "_get_train_sampler": ["self", "dataset"],
+    "training_step": ["self", "model", "inputs", "num_items_in_batch"],
     "_prepare_inputs": ["self", "generation_batch"],
     "_generate_and_score_completions": ["self", "inputs"],
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],

@@ -1,0 +1,248 @@
+"""Micro-batches without waste, at the same gradient.
+
+TRL trains on every rollout at the width of the longest one. A row whose advantage is zero has no gradient, and neither
+has padding. So the rows that optimizer steps share (never those of different steps) are taken together, rows without
+advantage are left out, the rest is sorted by length and cut into *parts* that are padded to their own longest row only.
+
+Why this is exact. Each loss of TRL averages a micro-batch over its rows or its tokens. A row that moves from a
+micro-batch with D rows (or tokens) to a part with D' of them would count D / D' times as much, so its advantage is
+multiplied by D' / D; every loss is proportional to a row's advantage (its sign alone decides about clipping):
+
+    grpo, sapo, luspo, dr_grpo   D = rows
+    bnpo                         D = tokens in the loss
+    dapo, cispo, vespo           D = tokens of the generation batch, which no row moves out of: D' / D = 1
+
+Terms without an advantage in front would lose rows, or weigh them differently: see `inexact`.
+
+On several processes every part has as many rows on each of them, since some losses gather one number per row, and
+there are as many parts: a process with fewer rows fills up with masked ones.
+
+Shapes: R rows of a process, P prompt tokens, T completion tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+MicroBatch = dict[str, torch.Tensor]
+Lengths = npt.NDArray[np.int64]
+
+PROMPT_KEYS = ("prompt_ids", "prompt_mask")
+PER_TOKEN_KEYS = (
+    "completion_ids",
+    "completion_mask",
+    "tool_mask",
+    "old_per_token_logps",
+    "ref_per_token_logps",
+    "sampling_per_token_logps",
+    "importance_sampling_ratio",
+    "advantages",
+)
+GLOBAL_TOKEN_LOSSES = ("dapo", "cispo", "vespo")
+
+# What a forward and a backward pass cost apart from their tokens, in tokens. Measured in benchmarks/speed.
+PART_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """How a recipe's micro-batches may be compacted.
+
+    Args:
+        loss_type: TRL's.
+        max_rows: rows of a part, unless `max_tokens` is set.
+        max_tokens: tokens of a part, padding included; a single row may exceed it.
+        keep_all: a term of the loss needs every row, also those without advantage.
+        cut_prompts: padding left of the prompts may go; not with absolute position embeddings, which it shifts.
+        multiple_of: parts are padded to a multiple of it (`pad_to_multiple_of`).
+    """
+
+    loss_type: str
+    max_rows: int
+    max_tokens: int | None = None
+    keep_all: bool = False
+    cut_prompts: bool = True
+    multiple_of: int = 1
+
+
+def inexact(trainer: Any) -> str | None:
+    """Why the gradient of a trainer's loss would change, in words; None where it does not."""
+    args = trainer.args
+    if args.beta != 0.0 and args.loss_type not in GLOBAL_TOKEN_LOSSES:
+        return f"`trainer.beta` adds a KL term that `loss_type: {args.loss_type}` averages per micro-batch"
+    if trainer._entropy_bonus_enabled:
+        return "the entropy bonus is averaged per micro-batch"
+    if args.top_entropy_quantile < 1.0:
+        return "`trainer.top_entropy_quantile` compares the tokens of a micro-batch"
+    if trainer.aux_loss_enabled:
+        return "the auxiliary loss of mixture-of-experts models is averaged per micro-batch"
+    return None
+
+
+def compaction(trainer: Any, max_tokens: int | None) -> Compaction:
+    """The rules for a GRPOTrainer whose loss is not `inexact`."""
+    args, config = trainer.args, trainer.model.config.get_text_config()
+    return Compaction(
+        loss_type=args.loss_type,
+        max_rows=args.per_device_train_batch_size,
+        max_tokens=max_tokens,
+        keep_all=args.beta != 0.0,
+        cut_prompts=getattr(config, "rope_parameters", None) is not None,
+        multiple_of=args.pad_to_multiple_of or 1,
+    )
+
+
+def compact(
+    micro_batches: list[MicroBatch],
+    block: int,
+    how: Compaction,
+    gather: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+    process_index: int = 0,
+) -> list[list[MicroBatch]] | None:
+    """Replace the micro-batches of a generation batch by parts.
+
+    Args:
+        micro_batches: this process's, as TRL buffers them, each of B rows.
+        block: so many consecutive micro-batches always belong to one optimizer step.
+        how: the rules.
+        gather: concatenates a tensor over all processes.
+        process_index: this process's place in what `gather` gives.
+
+    Returns:
+        For each micro-batch the parts that take its place. That may be none, but the last of a block, with which
+        gradients are synchronised, has at least one. None if the batch holds what cannot be cut, such as images.
+    """
+    present = {key for key, value in micro_batches[0].items() if value is not None}
+    if not present <= {*PROMPT_KEYS, *PER_TOKEN_KEYS, "num_items_in_batch"}:
+        return None
+    lengths_SB3 = torch.stack([_lengths(one, how.keep_all) for one in micro_batches])
+    lengths_WSB3 = gather(lengths_SB3).view(-1, *lengths_SB3.shape).cpu().numpy()
+    result: list[list[MicroBatch]] = []
+    for start in range(0, len(micro_batches), block):
+        lengths_WR3 = lengths_WSB3[:, start : start + block].reshape(len(lengths_WSB3), -1, 3)
+        orders, sizes = plan_parts(lengths_WR3, how)
+        group = [{key: one[key] for key in present} for one in micro_batches[start : start + block]]
+        parts = _cut(group, orders[process_index], sizes, lengths_WR3[process_index, :, 1:], how)
+        shares = [len(parts) * step // block for step in range(block + 1)]
+        result += [parts[low:high] for low, high in pairwise(shares)]
+    return result
+
+
+def _lengths(micro_batch: MicroBatch, keep_all: bool) -> torch.Tensor:
+    """Whether a row is kept, its prompt's length and its completion's: (B, 3)."""
+    advantages = micro_batch["advantages"]
+    teaches_BT = (advantages if advantages.dim() == 2 else advantages[:, None]) != 0
+    kept_B = (teaches_BT & in_loss(micro_batch).bool()).any(dim=1) | keep_all
+    prompt_B, completion_B = micro_batch["prompt_mask"].sum(dim=1), micro_batch["completion_mask"].sum(dim=1)
+    return torch.stack([kept_B.long(), prompt_B.long(), completion_B.long()], dim=1)
+
+
+def in_loss(micro_batch: MicroBatch) -> torch.Tensor:
+    """The mask of the tokens that TRL's losses count: (B, T)."""
+    mask_BT = micro_batch["completion_mask"]
+    return mask_BT * micro_batch["tool_mask"] if "tool_mask" in micro_batch else mask_BT
+
+
+def plan_parts(lengths_WR3: Lengths, how: Compaction) -> tuple[list[Lengths], list[int]]:
+    """Decide which rows make up which part, from what every process knows of all processes.
+
+    Args:
+        lengths_WR3: for each of W processes, whether a row is kept, and its prompt and completion lengths.
+        how: the rules.
+
+    Returns:
+        Each process's kept rows, longest first, and the sizes of the parts that all of them cut these into. The sizes
+        sum to the largest number of kept rows, and at least to 1.
+    """
+    orders = []
+    for lengths_R3 in lengths_WR3:
+        kept = np.flatnonzero(lengths_R3[:, 0])
+        orders.append(kept[np.argsort(-lengths_R3[kept, 1:].sum(axis=1), kind="stable")])
+    longest_R2 = np.ones((max(1, *(len(order) for order in orders)), 2), dtype=np.int64)
+    for order, lengths_R3 in zip(orders, lengths_WR3, strict=True):
+        longest_R2[: len(order)] = np.maximum(longest_R2[: len(order)], lengths_R3[order, 1:])
+    return orders, _sizes(longest_R2, how)
+
+
+def _sizes(lengths_R2: Lengths, how: Compaction) -> list[int]:
+    """Sizes of consecutive parts that cost least together, by dynamic programming from the last row.
+
+    A part of n rows costs `PART_TOKENS` and n times its width, which is its longest prompt plus its longest completion.
+    """
+    R = len(lengths_R2)
+    limit = R if how.max_tokens is not None else how.max_rows
+    least_R, size_R = np.zeros(R + 1), np.zeros(R, dtype=np.int64)
+    for first in range(R - 1, -1, -1):
+        widths = np.maximum.accumulate(lengths_R2[first : first + limit], axis=0).sum(axis=1)
+        tokens = widths * np.arange(1, len(widths) + 1)
+        cost = PART_TOKENS + tokens + least_R[first + 1 : first + 1 + len(widths)]
+        if how.max_tokens is not None:
+            cost[1:][tokens[1:] > how.max_tokens] = np.inf
+        size_R[first] = 1 + int(cost.argmin())
+        least_R[first] = cost.min()
+    sizes: list[int] = []
+    while sum(sizes) < R:
+        sizes.append(int(size_R[sum(sizes)]))
+    return sizes
+
+
+def _cut(
+    group: list[MicroBatch], order: Lengths, sizes: list[int], lengths_R2: Lengths, how: Compaction
+) -> list[MicroBatch]:
+    """Parts of the given sizes from the rows in `order`; where these do not suffice, from masked copies of a row."""
+    device = group[0]["prompt_ids"].device
+    filler = int(lengths_R2[:, 0].argmin())
+    padded = np.concatenate([order, np.full(sum(sizes) - len(order), filler)])
+    rows_of_part = np.split(padded, np.cumsum(sizes)[:-1])
+    index_of_part = [torch.from_numpy(rows).to(device) for rows in rows_of_part]
+    parts: list[MicroBatch] = [{} for _ in sizes]
+    for key in group[0]:
+        scalar = group[0][key].dim() == 0
+        whole = group[0][key] if scalar else torch.cat([one[key] for one in group])
+        for part, index, rows in zip(parts, index_of_part, rows_of_part, strict=True):
+            part[key] = whole if scalar else _narrow(key, whole, lengths_R2[rows], how).index_select(0, index)
+    old_R = torch.cat([_normaliser(one, how.loss_type).expand(len(one["prompt_ids"])) for one in group])
+    used = 0
+    for part, index in zip(parts, index_of_part, strict=True):
+        used += len(index)
+        if (fillers := min(used - len(order), len(index))) > 0:
+            for key in {*PER_TOKEN_KEYS} & {*part} - {"completion_ids"}:
+                part[key][-fillers:] = 0
+        factor_B = _normaliser(part, how.loss_type) / old_R[index]
+        advantages = part["advantages"]
+        part["advantages"] = advantages * (factor_B if advantages.dim() == 1 else factor_B[:, None]).to(advantages)
+    return parts
+
+
+def _narrow(key: str, whole: torch.Tensor, lengths_B2: Lengths, how: Compaction) -> torch.Tensor:
+    """A tensor of all rows without the columns that are padding for the rows of a part, as a view."""
+    longest_P, longest_T = (-(-length // how.multiple_of) * how.multiple_of for length in lengths_B2.max(axis=0))
+    if key in PROMPT_KEYS:
+        return whole[:, -longest_P:] if how.cut_prompts else whole
+    # A ratio per sequence has one column, and an advantage per row none.
+    return whole[:, : max(1, longest_T)] if whole.dim() == 2 and whole.size(1) > 1 else whole
+
+
+def _normaliser(micro_batch: MicroBatch, loss_type: str) -> torch.Tensor:
+    """What the loss of a micro-batch is divided by, up to what all of them share."""
+    if loss_type in GLOBAL_TOKEN_LOSSES:
+        return torch.ones(1, device=micro_batch["prompt_ids"].device)
+    if loss_type == "bnpo":
+        return in_loss(micro_batch).sum().clamp(min=1).float().view(1)
+    return torch.full((1,), float(len(micro_batch["prompt_ids"])), device=micro_batch["prompt_ids"].device)
+
+
+def share_left(micro_batches: list[MicroBatch], parts: list[list[MicroBatch]]) -> dict[str, float]:
+    """What compaction left of this process's rows and of their tokens, padding included, as shares."""
+    flat = [part for of_step in parts for part in of_step]
+    rows_before, rows = (sum(len(one["prompt_ids"]) for one in some) for some in (micro_batches, flat))
+    before, after = (
+        sum(one[key].numel() for one in some for key in ("prompt_ids", "completion_ids"))
+        for some in (micro_batches, flat)
+    )
+    return {"compaction/rows": rows / rows_before, "compaction/tokens": after / before}
