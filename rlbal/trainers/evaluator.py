@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from datasets import Dataset
-from trl.models import unwrap_model_for_generation
 
 from rlbal.evaluation import Evaluation, Prompt, Sample, evaluate_policy
 from rlbal.sampling import end_tokens, generate_samples, prompt_token_ids
 from rlbal.trainer_args import chat_options, completion_limit
+from rlbal.trainers.rollout import policy_for_generation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,15 +46,7 @@ class PolicyEvaluator:
 
     def _samples(self, prompts: list[Prompt], positions: list[int], greedy: bool) -> list[list[Sample]]:
         trainer = self.trainer
-        with (
-            unwrap_model_for_generation(
-                trainer.model_wrapped,
-                trainer.accelerator,
-                gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,  # type: ignore[arg-type]
-            ) as model,
-            trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
-        ):
+        with policy_for_generation(trainer) as model:
             return generate_samples(
                 model,
                 trainer.tokenizer,

@@ -1,0 +1,119 @@
+"""Rollouts by rlbal's own decoding, as the `rollout_func` that TRL calls when a generation batch is due."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from trl.models import unwrap_model_for_generation
+
+from rlbal.decoding import decode, unsupported
+from rlbal.sampling import prompt_token_ids
+from rlbal.trainer_args import chat_options
+
+if TYPE_CHECKING:
+    from rlbal.trainers.grpo import BalancedGRPOTrainer
+
+
+def reason_for_transformers(model: Any, args: Any) -> str | None:
+    """Why transformers' `generate` has to make the rollouts of a GRPOConfig, in words; None if it does not."""
+    if args.cache_implementation is not None:
+        return f"`trainer.cache_implementation: {args.cache_implementation}` is a cache of transformers"
+    return unsupported(model, args.generation_kwargs or {})
+
+
+@contextmanager
+def policy_for_generation(trainer: "BalancedGRPOTrainer") -> Iterator[Any]:
+    """The policy's model with its weights in place, as TRL unwraps it for its own generation."""
+    with (
+        unwrap_model_for_generation(
+            trainer.model_wrapped,
+            trainer.accelerator,
+            gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
+            gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,  # type: ignore[arg-type]
+        ) as model,
+        trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
+    ):
+        yield model
+
+
+def weights_in_parts(trainer: "BalancedGRPOTrainer") -> bool:
+    """Whether processes must call the model equally often, since each holds a part of its weights."""
+    if trainer.accelerator.num_processes == 1:
+        return False
+    return trainer._dist.is_fsdp or (trainer._dist.is_zero3 and not trainer.args.ds3_gather_for_generation)
+
+
+class Rollouts:
+    """Decodes the prompts of a generation batch; the rewards of finished rows start while others still go on.
+
+    The tokens of rollout n of the run are drawn with numbers seeded by (seed, n) alone: the same on any number of
+    processes, whichever rows are decoded together, and after a resume.
+
+    Args:
+        trainer: whose policy, settings and rewards are used.
+        rows_at_once: how many rows are decoded together; None for all.
+    """
+
+    def __init__(self, trainer: "BalancedGRPOTrainer", rows_at_once: int | None) -> None:
+        self.trainer, self.rows_at_once = trainer, rows_at_once
+        self.inputs: list[dict[str, Any]] = []  # this process's rows of the generation batch, one per rollout
+        self._mean_length: dict[int, float] = {}  # of the completions of each prompt when it last came
+
+    def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        """One completion for each prompt, in order, in the form that TRL expects."""
+        own, N = self.trainer, len(prompts)
+        ids = prompt_token_ids(own.tokenizer, prompts, chat_options(own.args))
+        completions: list[list[int]] = [[]] * N
+        with policy_for_generation(own) as model:
+            for wave in self._waves(N):
+                for row, completion in zip(wave, self._decode(model, ids, wave), strict=True):
+                    completions[row] = completion
+        self._remember(completions)
+        return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
+
+    def _decode(self, model: Any, ids: list[list[int]], wave: list[int]) -> list[list[int]]:
+        own = self.trainer
+        first, limit = (
+            own.totals.rollouts + own.accelerator.process_index * len(ids),
+            own.generation_config.max_new_tokens,
+        )
+        uniforms_RT = np.stack([np.random.default_rng((own.args.seed, first + row)).random(limit) for row in wave])
+
+        def on_finished(rows: list[int], done: list[list[int]]) -> None:
+            self._prefetch([wave[row] for row in rows], done)
+
+        prompts = [ids[row] for row in wave]
+        return decode(
+            model, prompts, own.generation_config, uniforms_RT, on_finished=on_finished, synced=weights_in_parts(own)
+        )
+
+    def _waves(self, N: int) -> list[list[int]]:
+        """Rows to be decoded together: those expected to be longest first, so that the rows of a wave end together."""
+        rows = list(range(N))
+        if self.rows_at_once is None or self.rows_at_once >= len(rows):
+            return [rows]
+        prompt_of_row = [row["prompt_index"] for row in self.inputs]
+        usual = sum(self._mean_length.values()) / max(1, len(self._mean_length))
+        # A prompt's rows stay together: they share its prefill.
+        rows.sort(key=lambda row: (-self._mean_length.get(prompt_of_row[row], usual), prompt_of_row[row]))
+        return [rows[start : start + self.rows_at_once] for start in range(0, len(rows), self.rows_at_once)]
+
+    def _remember(self, completions: list[list[int]]) -> None:
+        lengths: dict[int, list[int]] = {}
+        for row, completion in zip(self.inputs, completions, strict=True):
+            lengths.setdefault(row["prompt_index"], []).append(len(completion))
+        self._mean_length |= {prompt: sum(some) / len(some) for prompt, some in lengths.items()}
+
+    def _prefetch(self, rows: list[int], completions: list[list[int]]) -> None:
+        """Have finished rows scored, with the arguments that the rewards will get."""
+        own = self.trainer
+        if not own.suite.overlaps:
+            return
+        inputs = [self.inputs[row] for row in rows]
+        prompts = [row["prompt"] for row in inputs]
+        texts: list[Any] = own.tokenizer.batch_decode(completions, skip_special_tokens=True)
+        if not isinstance(prompts[0], str):
+            texts = [[{"role": "assistant", "content": text}] for text in texts]
+        columns = {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"}
+        own.suite.prefetch(prompts, texts, completions, columns)
