@@ -109,6 +109,7 @@ def decode(
     uniforms_RT: npt.NDArray[np.float64] | None,
     *,
     on_finished: OnFinished = lambda rows, completions: None,
+    device: torch.device | None = None,
     synced: bool = False,
 ) -> list[list[int]]:
     """Complete R prompts at once.
@@ -119,6 +120,7 @@ def decode(
         config: settings of `generate`; `max_new_tokens` at least 1, `pad_token_id` set.
         uniforms_RT: numbers in [0, 1) for R rows and `max_new_tokens` tokens; None for the likeliest tokens.
         on_finished: called with rows that are done, and their completions, while others go on; every row once.
+        device: default the model's.
         synced: the weights lie in parts on several processes, so that each must call the model as often as the others.
 
     Returns:
@@ -129,7 +131,7 @@ def decode(
     """
     place: dict[tuple[int, ...], int] = {}
     prompt_of_row = [place.setdefault(tuple(prompt), len(place)) for prompt in prompts]
-    width, device = max(map(len, place)), model.device
+    width, device = max(map(len, place)), device or model.device
     pad = config.pad_token_id
     ids_UL = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in place], device=device)
     mask_UL = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in place], device=device)

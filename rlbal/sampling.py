@@ -1,8 +1,9 @@
-"""Samples for evaluation: plain transformers generation that depends only on the model, the seed and the prompt.
+"""Samples for evaluation that depend only on the model, the seed and the prompt.
 
 One uniform number per token is drawn in advance from a generator of each sample's own, and the token is read off the
-cumulative distribution at that number. So a sample does not change with the batch it lands in, the batch size or the
-number of processes (but for rounding in the logits), and the random state that training draws from is never touched.
+cumulative distribution at that number (`rlbal.decoding`). So a sample does not change with the batch it lands in, the
+batch size or the number of processes (but for rounding in the logits), and the random state that training draws from is
+never touched.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jinja2 import TemplateError
 from rich.console import Console
@@ -23,13 +25,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from rlbal.errors import DataError, RecipeError, RunError
+from rlbal.decoding import check_finite, decode, draw, unsupported
+from rlbal.errors import DataError, RecipeError
 from rlbal.evaluation import Prompt, Sample
 from rlbal.recipe import EvaluationSection
 
 
 class InverseCdf(LogitsProcessor):
-    """Leaves only the token at which the cumulative distribution passes a given uniform number.
+    """Leaves only the token that `draw` gives, for models that only transformers' own decoding can handle.
 
     Args:
         uniforms_BT: numbers in [0, 1), one per row and completion token.
@@ -40,18 +43,9 @@ class InverseCdf(LogitsProcessor):
         self.uniforms_BT, self.prompt_length = uniforms_BT, prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        # Double precision: over 150,000 tokens a float32 sum is off by more than the rarest tokens weigh.
-        cdf_BV = scores.double().softmax(dim=-1).cumsum(dim=-1)
-        total_B1 = cdf_BV[:, -1:]
-        if not torch.isfinite(total_B1).all():
-            raise RunError(
-                "the policy's token probabilities are not finite, so nothing can be sampled from it",
-                why="its weights or logits hold NaN or infinity; training has most likely diverged",
-                fix="go back to an earlier checkpoint and lower `trainer.learning_rate` or `trainer.max_grad_norm`",
-            )
-        uniform_B1 = self.uniforms_BT[:, input_ids.shape[1] - self.prompt_length, None]
-        token_B1 = torch.searchsorted(cdf_BV, uniform_B1 * total_B1, right=True).clamp(max=scores.shape[-1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, token_B1, 0.0)
+        token_B, finite = draw(scores, self.uniforms_BT[:, input_ids.shape[1] - self.prompt_length])
+        check_finite(finite)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token_B[:, None], 0.0)
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -109,9 +103,7 @@ def _only_for_generation(model: Any, config: GenerationConfig) -> Iterator[None]
     model.eval()
     owner.generation_config = config
     try:
-        # Not inference_mode: buffers that a model caches in its forward must stay usable for training.
-        with torch.no_grad():
-            yield
+        yield
     finally:
         owner.generation_config = own_config
         for module in training:
@@ -128,20 +120,26 @@ def _left_padded(rows: list[list[int]], pad: int, device: torch.device) -> dict[
     }
 
 
-def _processors(
-    settings: EvaluationSection, keys: list[tuple[int, int, int]], tokens: int, prompt_length: int, device: torch.device
-) -> LogitsProcessorList:
-    """Temperature, top-k and top-p, then the draw of each row from the generator seeded by its key."""
-    uniforms_BT = torch.from_numpy(np.stack([np.random.default_rng(key).random(tokens) for key in keys]))
-    processors = LogitsProcessorList()
-    if settings.temperature != 1.0:
-        processors.append(TemperatureLogitsWarper(settings.temperature))
-    if settings.top_k:
-        processors.append(TopKLogitsWarper(settings.top_k))
-    if settings.top_p < 1.0:
-        processors.append(TopPLogitsWarper(settings.top_p))
-    processors.append(InverseCdf(uniforms_BT.to(device), prompt_length))
-    return processors
+def _decode_all_rows(
+    model: Any,
+    rows: list[list[int]],
+    config: GenerationConfig,
+    uniforms_BT: npt.NDArray[np.float64] | None,
+    device: torch.device,
+) -> list[list[int]]:
+    """As `rlbal.decoding.decode`, by transformers, which has a decoding loop for every model there is."""
+    inputs = _left_padded(rows, int(config.pad_token_id), device)
+    width, processors = inputs["input_ids"].shape[1], LogitsProcessorList()
+    if uniforms_BT is not None:
+        processors += [TemperatureLogitsWarper(config.temperature)] if config.temperature != 1.0 else []
+        processors += [TopKLogitsWarper(config.top_k)] if config.top_k else []
+        processors += [TopPLogitsWarper(config.top_p)] if config.top_p < 1.0 else []
+        processors.append(InverseCdf(torch.from_numpy(uniforms_BT).to(device), width))
+    likeliest = GenerationConfig(**{**config.to_dict(), "do_sample": False})  # what InverseCdf leaves
+    with torch.no_grad():
+        output = model.generate(**inputs, generation_config=likeliest, logits_processor=processors)
+    ends = config.eos_token_id or []
+    return [_until_end(row, ends) for row in output[:, width:].tolist()]
 
 
 def _until_end(row: list[int], ends: list[int]) -> list[int]:
@@ -182,6 +180,7 @@ def generate_samples(
     device: torch.device | str | None = None,
     progress: bool = False,
     chat_template_kwargs: dict[str, Any] | None = None,
+    synced: bool = False,
 ) -> list[list[Sample]]:
     """Sample completions with the evaluation's own settings, whatever the model's generation config asks for.
 
@@ -198,6 +197,7 @@ def generate_samples(
         device: default the model's.
         progress: show a bar on standard error if that is a terminal.
         chat_template_kwargs: passed to the chat template, as in TRL.
+        synced: as in `rlbal.decoding.decode`.
 
     Returns:
         For each prompt, in the order given, its samples.
@@ -208,27 +208,29 @@ def generate_samples(
     """
     device = torch.device(device or model.device)
     ends = end_tokens(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
     config = GenerationConfig(
-        do_sample=False,  # the draw is ours: see InverseCdf
+        do_sample=not greedy,
+        **({} if greedy else {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}),
         max_new_tokens=max_new_tokens,
         use_cache=True,
         eos_token_id=ends or None,
-        pad_token_id=pad,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0],
         disable_compile=True,
     )
     ids = prompt_token_ids(tokenizer, prompts, chat_template_kwargs)
     positions = range(len(ids)) if positions is None else positions
     samples = 1 if greedy else settings.samples_per_prompt
+    by_rows = unsupported(model, {}) is None
     results: dict[tuple[int, int], Sample] = {}
     with _only_for_generation(model, config):
         for batch in _batches([len(row) for row in ids], samples, settings.batch_size, greedy, progress):
-            inputs = _left_padded([ids[prompt] for prompt, _ in batch], pad, device)
-            width = inputs["input_ids"].shape[1]
-            keys = [(seed, positions[prompt], sample) for prompt, sample in batch]
-            processors = None if greedy else _processors(settings, keys, max_new_tokens, width, device)
-            output = model.generate(**inputs, generation_config=config, logits_processor=processors)
-            rows = [_until_end(row, ends) for row in output[:, width:].tolist()]
+            prompts_of_batch = [ids[prompt] for prompt, _ in batch]
+            generators = [np.random.default_rng((seed, positions[prompt], sample)) for prompt, sample in batch]
+            uniforms_BT = None if greedy else np.stack([one.random(max_new_tokens) for one in generators])
+            if by_rows:
+                rows = decode(model, prompts_of_batch, config, uniforms_BT, device=device, synced=synced)
+            else:
+                rows = _decode_all_rows(model, prompts_of_batch, config, uniforms_BT, device)
             texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
             for pair, row, text in zip(batch, rows, texts, strict=True):
                 results[pair] = Sample(row, text, truncated=row[-1] not in ends)

@@ -10,7 +10,7 @@ from datasets import Dataset
 from rlbal.evaluation import Evaluation, Prompt, Sample, evaluate_policy
 from rlbal.sampling import end_tokens, generate_samples, prompt_token_ids
 from rlbal.trainer_args import chat_options, completion_limit
-from rlbal.trainers.rollout import policy_for_generation
+from rlbal.trainers.rollout import policy_for_generation, weights_in_parts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,6 +60,7 @@ class PolicyEvaluator:
                 # While training, the bar over steps has the terminal.
                 progress=trainer.accelerator.is_main_process and not trainer.is_in_train,
                 chat_template_kwargs=chat_options(trainer.args),
+                synced=weights_in_parts(trainer),
             )
 
     def _vllm_samples(self, prompts: list[Prompt], positions: list[int], greedy: bool) -> list[list[Sample]]:

@@ -83,9 +83,14 @@ class Rollouts:
         def on_finished(rows: list[int], done: list[list[int]]) -> None:
             self._prefetch([wave[row] for row in rows], done)
 
-        prompts = [ids[row] for row in wave]
         return decode(
-            model, prompts, own.generation_config, uniforms_RT, on_finished=on_finished, synced=weights_in_parts(own)
+            model,
+            [ids[row] for row in wave],
+            own.generation_config,
+            uniforms_RT,
+            on_finished=on_finished,
+            device=own.accelerator.device,
+            synced=weights_in_parts(own),
         )
 
     def _waves(self, N: int) -> list[list[int]]:
