@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from rlbal.batch_plan import BatchPlan, plan_batches
 from rlbal.errors import RecipeError, nearest
 from rlbal.recipe import Recipe
+from rlbal.speed import check_speed
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
@@ -214,7 +215,7 @@ def _build(kwargs: dict[str, Any]) -> "GRPOConfig":
 
 
 def _try_schedule(name: Any, kwargs: dict[str, Any]) -> None:
-    """Build the learning rate schedule once, for an optimizer of nothing, so that its arguments are looked at now."""
+    """Build the learning rate schedule once, for an optimizer of nothing, to try its arguments."""
     import torch
     from transformers import get_scheduler
 
@@ -243,8 +244,8 @@ def bind_trainer(recipe: Recipe) -> "tuple[GRPOConfig, BatchPlan]":
     Sizes are those of `launch.num_processes`, simulated as one process with as many times the rows.
 
     Raises:
-        RecipeError: what `validate_trainer`, `plan_batches`, `check_generation`, GRPOConfig or `lora_config` refuse,
-            or an accelerate configuration that does not exist or is none.
+        RecipeError: what the checks here, GRPOConfig, `check_speed` or `lora_config` refuse, or an accelerate
+            configuration that does not exist or is none.
     """
     from rlbal.launch import accelerate_config, read_accelerate_config
     from rlbal.model import lora_config
@@ -257,6 +258,7 @@ def bind_trainer(recipe: Recipe) -> "tuple[GRPOConfig, BatchPlan]":
     kwargs["use_cpu"] = True
     kwargs.pop("tf32", None)  # only a GPU can be asked for it
     args = _build(kwargs)
+    check_speed(recipe, args)
     lora_config(recipe)
     if recipe.launch.accelerate is not None:
         read_accelerate_config(accelerate_config(recipe.launch.accelerate))
@@ -293,6 +295,7 @@ def training_args(recipe: Recipe, num_processes: int) -> "tuple[GRPOConfig, Batc
         if not trainer.get("bf16"):
             kwargs["bf16"] = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
     args = _build(kwargs)
+    check_speed(recipe, args)
     if missing := missing_package(args):
         raise missing
     return args, plan

@@ -12,7 +12,7 @@ multiplied by D' / D; every loss is proportional to a row's advantage (its sign 
     bnpo                         D = tokens in the loss
     dapo, cispo, vespo           D = tokens of the generation batch, which no row moves out of: D' / D = 1
 
-Terms without an advantage in front would lose rows, or weigh them differently: see `inexact`.
+Terms without an advantage in front would lose rows, or weigh them differently: see `rlbal.speed.inexact`.
 
 On several processes every part has as many rows on each of them, since some losses gather one number per row, and
 there are as many parts: a process with fewer rows fills up with masked ones.
@@ -29,6 +29,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from rlbal.speed import GLOBAL_TOKEN_LOSSES
+
 MicroBatch = dict[str, torch.Tensor]
 Lengths = npt.NDArray[np.int64]
 
@@ -43,7 +45,6 @@ PER_TOKEN_KEYS = (
     "importance_sampling_ratio",
     "advantages",
 )
-GLOBAL_TOKEN_LOSSES = ("dapo", "cispo", "vespo")
 
 # What a forward and a backward pass cost apart from their tokens, in tokens. Measured in benchmarks/speed.
 PART_TOKENS = 512
@@ -70,22 +71,8 @@ class Compaction:
     multiple_of: int = 1
 
 
-def inexact(trainer: Any) -> str | None:
-    """Why the gradient of a trainer's loss would change, in words; None where it does not."""
-    args = trainer.args
-    if args.beta != 0.0 and args.loss_type not in GLOBAL_TOKEN_LOSSES:
-        return f"`trainer.beta` adds a KL term that `loss_type: {args.loss_type}` averages per micro-batch"
-    if trainer._entropy_bonus_enabled:
-        return "the entropy bonus is averaged per micro-batch"
-    if args.top_entropy_quantile < 1.0:
-        return "`trainer.top_entropy_quantile` compares the tokens of a micro-batch"
-    if trainer.aux_loss_enabled:
-        return "the auxiliary loss of mixture-of-experts models is averaged per micro-batch"
-    return None
-
-
-def compaction(trainer: Any, max_tokens: int | None) -> Compaction:
-    """The rules for a GRPOTrainer whose loss is not `inexact`."""
+def rules(trainer: Any, max_tokens: int | None) -> Compaction:
+    """The rules for a GRPOTrainer whose loss allows it."""
     args, config = trainer.args, trainer.model.config.get_text_config()
     return Compaction(
         loss_type=args.loss_type,
@@ -237,12 +224,46 @@ def _normaliser(micro_batch: MicroBatch, loss_type: str) -> torch.Tensor:
     return torch.full((1,), float(len(micro_batch["prompt_ids"])), device=micro_batch["prompt_ids"].device)
 
 
-def share_left(micro_batches: list[MicroBatch], parts: list[list[MicroBatch]]) -> dict[str, float]:
-    """What compaction left of this process's rows and of their tokens, padding included, as shares."""
-    flat = [part for of_step in parts for part in of_step]
-    rows_before, rows = (sum(len(one["prompt_ids"]) for one in some) for some in (micro_batches, flat))
-    before, after = (
-        sum(one[key].numel() for one in some for key in ("prompt_ids", "completion_ids"))
-        for some in (micro_batches, flat)
-    )
-    return {"compaction/rows": rows / rows_before, "compaction/tokens": after / before}
+def token_counts(parts: list[MicroBatch]) -> torch.Tensor:
+    """Rows, and their tokens with padding: (2,), float."""
+    tokens = sum(part[key].numel() for part in parts for key in ("prompt_ids", "completion_ids"))
+    return torch.tensor([float(sum(len(part["prompt_ids"]) for part in parts)), float(tokens)])
+
+
+def forward_in_parts(
+    forward: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    completion_width: int,
+    how: Compaction,
+    gather: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+    process_index: int = 0,
+) -> torch.Tensor:
+    """Log-probabilities of a whole batch from parts of rows of similar length, without padding but their own.
+
+    Args:
+        forward: gives (B, T) log-probabilities for (B, P + T) tokens, their mask, and T.
+        input_ids, attention_mask: R rows of left-padded prompts and right-padded completions.
+        completion_width: columns of the completions, padding included.
+        how, gather, process_index: as in `compact`; all processes call `forward` equally often.
+
+    Returns:
+        (R, `completion_width`), 0 at padding, which is what TRL has there.
+    """
+    R, border = len(input_ids), input_ids.shape[1] - completion_width
+    lengths_R2 = torch.stack([attention_mask[:, :border].sum(dim=1), attention_mask[:, border:].sum(dim=1)], dim=1)
+    lengths_R3 = torch.cat([torch.ones_like(lengths_R2[:, :1]), lengths_R2], dim=1)
+    lengths_WR3 = gather(lengths_R3).view(-1, R, 3).cpu().numpy()
+    orders, sizes = plan_parts(lengths_WR3, how)
+    order, lengths = orders[process_index], lengths_WR3[process_index, :, 1:]
+    result_RT: torch.Tensor | None = None
+    for rows in np.split(order, np.cumsum(sizes)[:-1]):
+        longest_P, longest_T = lengths[rows].max(axis=0).tolist()
+        columns = slice(border - longest_P if how.cut_prompts else 0, border + max(1, longest_T))
+        index = torch.from_numpy(rows).to(input_ids.device)
+        part = forward(input_ids[index, columns], attention_mask[index, columns], max(1, longest_T))
+        if result_RT is None:
+            result_RT = part.new_zeros(R, completion_width)
+        result_RT[index, : part.shape[1]] = part
+    assert result_RT is not None
+    return result_RT
