@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from rlbal.errors import DataError, RewardError, RunError, nearest
 from rlbal.recipe import Recipe
+from rlbal.rewards.loading import MEAN_LENGTH
 from rlbal.rewards.outcomes import Failure, Reason, verdict
 from rlbal.scoring_stats import Array, averages, bootstrap_intervals, by_difficulty, left_out, per_prompt
 
@@ -147,7 +148,7 @@ def score_texts(
     ]
     if mean_length is None:
         mean_length = sum(map(len, ids)) / len(ids)
-    columns["mean_completion_length"] = [mean_length] * len(texts)
+    columns[MEAN_LENGTH] = [mean_length] * len(texts)
     return np.asarray(suite.score(prompts, completions, ids, columns), dtype=float)
 
 

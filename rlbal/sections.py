@@ -162,7 +162,8 @@ class RewardSpec(Section):
     range: tuple[float, float] | None = Field(default=None, description="Lowest and highest value; others are errors.")
     rowwise: bool = Field(
         default=False,
-        description="Each score depends on its own row alone: the function may run in killable worker processes.",
+        description="Each score depends on its own row alone: the function may run in killable worker processes, while "
+        "other rows are still being generated, and once for rows with equal arguments.",
     )
     timeout: float | None = Field(default=None, gt=0, description="Seconds per completion; default `rewards.timeout`.")
     unsafe: bool = Field(default=False, description="Allow a scorer that evaluates the completion as code.")

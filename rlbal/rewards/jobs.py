@@ -5,7 +5,7 @@ from typing import Any
 
 from rlbal.errors import RewardError
 from rlbal.recipe import RewardSpec
-from rlbal.rewards.loading import TRAINER_ARGUMENTS, Signature
+from rlbal.rewards.loading import MEAN_LENGTH, TRAINER_ARGUMENTS, Signature
 from rlbal.rewards.sandbox import Job
 
 
@@ -34,16 +34,22 @@ def make_jobs(name: str, spec: RewardSpec, said: Signature, timeout: float, give
             rows,
             timeout * rows,
             spec.range,
+            spec.rowwise,
         )
         for batch, rows in batches
     ]
 
 
 def _columns(name: str, spec: RewardSpec, said: Signature, given: dict[str, Any]) -> dict[str, list[Any]]:
-    """The columns that the function names, and all others that JSON can carry if it has `**kwargs`."""
+    """The columns that the function names, and all others that JSON can carry if it has `**kwargs`.
+
+    Sorted by name, so that equal arguments make equal requests.
+    """
     columns: dict[str, list[Any]] = {}
-    for column, values in said.accepted(given).items():
+    for column, values in sorted(said.accepted(given).items()):
         if column in TRAINER_ARGUMENTS or column in spec.args:
+            continue
+        if spec.rowwise and column == MEAN_LENGTH and column not in said.named:
             continue
         try:
             json.dumps(values)

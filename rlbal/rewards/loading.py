@@ -22,6 +22,9 @@ if TYPE_CHECKING:  # workers import this module and should start fast
 # What TRL passes besides dataset columns.
 ROLLOUT_ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
 TRAINER_ARGUMENTS = frozenset({"trainer_state", "log_extra", "log_metric", "environments"})
+# The one column that says something of the whole batch: its mean completion length in tokens, the same in each row.
+# A rowwise reward gets it only by naming it, and can then be scored only when the batch is complete.
+MEAN_LENGTH = "mean_completion_length"
 
 
 def log_nothing(*args: Any, **kwargs: Any) -> None:
@@ -174,6 +177,11 @@ def check_spec(name: str, spec: "RewardSpec", said: Signature) -> None:
             why="a completion can hang it or run code through it, and inside the trainer it could not be stopped",
             fix=f"set `{key}.rowwise: true`",
         )
+
+
+def can_overlap(spec: "RewardSpec", said: Signature) -> bool:
+    """Whether a row can be scored, in a worker, while the batch's other rows are still being generated."""
+    return spec.rowwise and (MEAN_LENGTH not in said.named or MEAN_LENGTH in spec.args)
 
 
 def required_columns(spec: "RewardSpec", said: Signature) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Worker processes that score rows and can be killed at any moment.
+"""A worker process that scores rows and can be killed at any moment.
 
 A worker is a new Python started by exec, never a fork of the trainer (which holds CUDA and process groups). It gets a
 scrubbed environment and an empty working directory, and gives up most rights before the first completion
@@ -7,22 +7,18 @@ that exceeds it and starts another when the next job comes. Answers are bounded 
 input.
 """
 
+import hashlib
 import json
-import logging
 import os
 import secrets
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-import weakref
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, StringConstraints, ValidationError
@@ -32,8 +28,6 @@ from rlbal.rewards.loading import Signature
 from rlbal.rewards.outcomes import Fault, Outcome, outcomes
 from rlbal.rewards.worker import LARGEST_ANSWER, MESSAGE_LENGTH
 
-logger = logging.getLogger(__name__)
-
 STARTUP_SECONDS = 120.0
 FAULTS_OF_WORKERS = ("raised", "died", "nan", "infinite", "wrong_count", "not_a_number")
 # Nothing else of the trainer's environment reaches a worker: it holds tokens.
@@ -42,12 +36,26 @@ PASSED_ON = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "TZ")
 
 @dataclass(frozen=True)
 class Job:
-    """Some rows for one reward. `request` is JSON: its name, its arguments as lists, their length, the time limit."""
+    """Some rows for one reward.
+
+    Attributes:
+        request: JSON: the reward's name, its arguments as lists, their length, the time limit.
+        rows: how many.
+        timeout: seconds for all of them.
+        bounds: lowest and highest score.
+        rowwise: one row whose score depends on the request alone.
+    """
 
     request: str
     rows: int
     timeout: float
     bounds: tuple[float, float] | None
+    rowwise: bool
+
+    @cached_property
+    def key(self) -> bytes:
+        """16 bytes that stand for the request, and so for the reward with every argument."""
+        return hashlib.blake2b(self.request.encode(), digest_size=16).digest()
 
 
 class Ready(BaseModel):
@@ -66,10 +74,15 @@ class WorkerLost(Exception):
 
 
 class Worker:
-    """One worker process, started when first needed and again after each loss, or `once` for each job."""
+    """One worker process, started when first needed and again after each loss, or `once` for each job.
+
+    It belongs to one thread; `close` alone may be called from another.
+    """
 
     def __init__(self, setup: bytes, folder: str, once: bool) -> None:
         self._setup, self._folder, self._once = setup, folder, once
+        self._life = threading.RLock()  # guards starting, ending and closing
+        self._closed = False
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
         self.missing: list[str] = []
@@ -79,23 +92,12 @@ class Worker:
         """Start the process, unless it is running, and wait until it has imported the rewards.
 
         Raises:
-            RewardError: an import failed, or was not done in `STARTUP_SECONDS`.
+            RewardError: an import failed, or was not done in `STARTUP_SECONDS`; or the worker was closed.
         """
         if self._process is not None and self._process.poll() is None:
             return
         self.kill()
-        self._channel, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "rlbal.rewards.worker", str(theirs.fileno()), str(os.getpid())],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-                cwd=self._folder,
-                env=worker_environment(self._folder),
-                start_new_session=True,
-            )
+        self._launch()
         try:
             answer = self._exchange(self._setup, STARTUP_SECONDS)
         except WorkerLost as lost:
@@ -110,6 +112,23 @@ class Worker:
             raise RewardError("a reward worker did not start", why) from None
         self.missing = list(said.ready)
         self.signatures = {name: Signature(*one) for name, one in said.signatures.items()}
+
+    def _launch(self) -> None:
+        with self._life:
+            if self._closed:
+                raise RewardError("a reward worker did not start", "the rewards are closed")
+            self._channel, theirs = socket.socketpair()
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "rlbal.rewards.worker", str(theirs.fileno()), str(os.getpid())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(),),
+                    cwd=self._folder,
+                    env=worker_environment(self._folder),
+                    start_new_session=True,
+                )
 
     def score(self, job: Job) -> list[Outcome]:
         """Score the rows of a job; whatever that does to the worker costs these rows alone.
@@ -163,15 +182,25 @@ class Worker:
         return message
 
     def kill(self) -> None:
-        """End the process with everything it started. Safe to call at any time."""
-        if self._process is not None:
-            if self._process.poll() is None:
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        """End the process with everything it started."""
+        with self._life:
+            self._end_process()
             self._process = None
         if self._channel is not None:
             self._channel.close()
             self._channel = None
+
+    def close(self) -> None:
+        """End the process for good. The channel stays open: the worker's thread may be reading from it."""
+        with self._life:
+            self._closed = True
+            self._end_process()
+
+    def _end_process(self) -> None:
+        if self._process is not None:
+            if self._process.poll() is None:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
 
 def _read_answer(answer: dict[str, Any], token: str, job: Job) -> list[Outcome]:
@@ -206,93 +235,3 @@ def worker_environment(folder: str) -> dict[str, str]:
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
     return {**passed, **threads, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "HOME": folder, "TMPDIR": folder}
-
-
-class WorkerPool:
-    """Workers that share the jobs of a batch.
-
-    Args:
-        rewards: name -> `{"function": path, "args": {...}, "unsafe": bool}` of every reward these workers serve.
-        workers: how many processes.
-        memory_mb: MiB that a worker may use beyond what it holds after its imports.
-        fresh: score each row in an unspoilt process, for scorers that evaluate completions as code.
-        sealed: give up all rights before importing the rewards, whose code is trusted no more than completions.
-    """
-
-    def __init__(
-        self, rewards: dict[str, dict[str, Any]], workers: int, memory_mb: int, fresh: bool, sealed: bool
-    ) -> None:
-        settings = {"rewards": rewards, "memory_mb": memory_mb, "fresh": fresh, "sealed": sealed}
-        setup, once = json.dumps(settings).encode() + b"\n", fresh and sealed  # who is sealed cannot copy itself
-        self._names = set(rewards)
-        self._folder = tempfile.TemporaryDirectory(prefix="rlbal-rewards-")
-        self._workers = [Worker(setup, self._folder.name, once) for _ in range(workers)]
-        # These threads live as long as the pool: a worker is killed when the thread that started it ends.
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="rlbal-rewards")
-        self._lock = threading.Lock()
-        self.close = weakref.finalize(self, _close, os.getpid(), self._workers, self._threads, self._folder)
-
-    @property
-    def missing(self) -> list[str]:
-        """The protections that this machine does not give (`isolation.lock_down`); known once workers run."""
-        return sorted({what for worker in self._workers for what in worker.missing})
-
-    def start(self) -> None:
-        """Start every worker now.
-
-        Raises:
-            RewardError: one cannot be started.
-        """
-        self._on_workers(len(self._workers), lambda worker: worker.start(), deque())
-
-    def signatures(self) -> dict[str, Signature]:
-        """What a worker found the functions to be.
-
-        Raises:
-            RewardError: it cannot be started, or did not say.
-        """
-        self._on_workers(1, lambda worker: worker.start(), deque())
-        found = self._workers[0].signatures
-        if set(found) != self._names:
-            raise RewardError("a reward worker did not start", "it sent something else")
-        return found
-
-    def score(self, jobs: list[Job]) -> list[Outcome]:
-        """Score the jobs on all workers at once; the outcomes of their rows are in order."""
-        waiting = deque(enumerate(jobs))
-        nobody = Fault("died", "could not be run: no worker could be started")
-        results: list[list[Outcome]] = [[nobody] * job.rows for job in jobs]
-
-        def serve(worker: Worker) -> None:
-            while waiting:
-                try:
-                    index, job = waiting.popleft()
-                except IndexError:  # another thread took the last one
-                    return
-                try:
-                    results[index] = worker.score(job)
-                except RewardError as error:
-                    results[index] = [Fault("died", f"could not be run: {error}")] * job.rows
-                    return  # the other workers, if any, go on; trying again for every row could take hours
-
-        self._on_workers(min(len(jobs), len(self._workers)), serve, waiting)
-        return [one for of_job in results for one in of_job]
-
-    def _on_workers(self, count: int, action: Callable[[Worker], None], waiting: deque[Any]) -> None:
-        with self._lock:
-            futures = [self._threads.submit(action, worker) for worker in self._workers[:count]]
-            try:
-                for future in futures:
-                    future.result()
-            finally:
-                waiting.clear()  # after Ctrl-C the threads end with the row they are at
-                wait(futures)
-
-
-def _close(owner: int, workers: list[Worker], threads: ThreadPoolExecutor, folder: Any) -> None:
-    if os.getpid() != owner:
-        return  # a fork of the trainer, such as a dataloader's worker, must not end what it does not own
-    for worker in workers:
-        worker.kill()
-    threads.shutdown(wait=False, cancel_futures=True)
-    folder.cleanup()

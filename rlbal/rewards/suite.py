@@ -4,6 +4,9 @@ Rewards marked `rowwise: true` run in worker processes, each row with a time lim
 whole batch, because they may look at other rows or at the trainer. They cannot be killed; one with a `timeout` of its
 own gets that many seconds per completion, as far as `rlbal.rewards.in_place` can enforce it.
 
+A rowwise score depends on the function's arguments for its row and on nothing else. So it may be computed before it is
+asked for (`RewardSuite.prefetch`), and serves for every row with equal arguments (`rlbal.rewards.pool`).
+
 An isolated suite runs them all in workers and imports none of them here: for evaluating what somebody else wrote.
 """
 
@@ -14,11 +17,13 @@ import threading
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from rlbal.errors import RewardError
 from rlbal.recipe import Recipe, RewardSpec, RewardsSection
 from rlbal.rewards import in_place
 from rlbal.rewards.gym_tasks import fit_to_data
@@ -27,6 +32,7 @@ from rlbal.rewards.loading import (
     WITHOUT_TRAINER,
     Signature,
     bind,
+    can_overlap,
     check_columns,
     check_spec,
     load_function,
@@ -34,7 +40,8 @@ from rlbal.rewards.loading import (
     signature,
 )
 from rlbal.rewards.outcomes import Failure, Fault, Outcome, merge
-from rlbal.rewards.sandbox import WorkerPool
+from rlbal.rewards.pool import WorkerPool
+from rlbal.rewards.sandbox import Job
 
 RewardFunction = Callable[..., Any]
 Scores = list[float | None]
@@ -67,6 +74,7 @@ class RewardSuite:
         except BaseException:
             self.close()
             raise
+        self._early = [name for name, spec in specs.items() if can_overlap(spec, self._signatures[name])]
         self.functions: list[RewardFunction] = [self._callable(name) for name in self.names]
 
     @classmethod
@@ -114,6 +122,33 @@ class RewardSuite:
         kept = [what for what in ("network", "processes", "files") if what not in missing]
         lacking = f"; this machine cannot keep them from: {', '.join(sorted(missing))}" if missing else ""
         return f"workers have no access to: {', '.join(kept)}, the environment{lacking}"
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether `prefetch` does anything."""
+        return bool(self._early)
+
+    def prefetch(
+        self,
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids: list[list[int]],
+        columns: dict[str, list[Any]],
+    ) -> None:
+        """Begin to score some rows of a batch whose other rows are still being generated, and return at once.
+
+        When the functions are then called for the batch, they use the scores of those rows whose arguments are exactly
+        the ones given here. What cannot be scored is left to that call, which says why.
+
+        Args:
+            prompts, completions: n each, as the functions will get them.
+            completion_ids: the n completions' tokens.
+            columns: the columns that the functions will get besides, n values each.
+        """
+        given = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        for name in self._early:
+            with suppress(RewardError):
+                self._pools[name].prefetch(name, self._jobs(name, given))
 
     def score(
         self,
@@ -192,9 +227,8 @@ class RewardSuite:
         if name in self._pools:
 
             def in_workers(completions: list[Any], **given: Any) -> Scores:
-                timeout = spec.timeout or self.section.timeout
-                jobs = make_jobs(name, spec, self._signatures[name], timeout, {"completions": completions, **given})
-                return self._record(name, self._pools[name].score(jobs))
+                jobs = self._jobs(name, {"completions": completions, **given})
+                return self._record(name, self._pools[name].score(name, jobs))
 
             function = in_workers
         elif in_place.is_async(self._loaded[name]):
@@ -213,6 +247,10 @@ class RewardSuite:
             function = called
         function.__name__ = name
         return function
+
+    def _jobs(self, name: str, given: dict[str, Any]) -> list[Job]:
+        spec = self.section.functions[name]
+        return make_jobs(name, spec, self._signatures[name], spec.timeout or self.section.timeout, given)
 
     def _bind(self, name: str, given: dict[str, Any]) -> Callable[[], Any]:
         spec = self.section.functions[name]

@@ -33,6 +33,7 @@ from rlbal.evaluation import Evaluation
 from rlbal.prompts.allocation import uniform_counts
 from rlbal.prompts.budget import NoBudget
 from rlbal.recipe import Recipe
+from rlbal.rewards.loading import MEAN_LENGTH
 from rlbal.rewards.outcomes import merge, verdict
 from rlbal.rewards.suite import RewardSuite
 from rlbal.scaling.compute import rollout_flops
@@ -192,7 +193,7 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
         started = time.perf_counter()
         lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=self.accelerator.device)
         mean_length = self.accelerator.gather(lengths).double().mean().item()
-        inputs = [{**row, "mean_completion_length": mean_length} for row in inputs]
+        inputs = [{**row, MEAN_LENGTH: mean_length} for row in inputs]
         rewards_NK = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._settle_failures(len(rewards_NK))
         self._rewards_NK, self._completion_ids = rewards_NK.cpu(), completion_ids_list

@@ -125,5 +125,6 @@ class Rollouts:
         texts: list[Any] = own.tokenizer.batch_decode(completions, skip_special_tokens=True)
         if not isinstance(prompts[0], str):
             texts = [[{"role": "assistant", "content": text}] for text in texts]
-        columns = {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"}
+        others = inputs[0].keys() - {"prompt", "completion", "completion_ids"}  # TRL passes the same
+        columns = {key: [row[key] for row in inputs] for key in others}
         own.suite.prefetch(prompts, texts, completions, columns)

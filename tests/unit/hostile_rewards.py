@@ -71,4 +71,13 @@ def matches(completions: list[str], answer: list[str], bonus: float = 0.0) -> li
     return [float(one == gold) + bonus for one, gold in zip(completions, answer, strict=True)]
 
 
+def mean_by_any(completions: list[str], **kwargs: Any) -> list[float]:
+    """The batch's mean length if it was given, else -1."""
+    return kwargs.get("mean_completion_length", [-1.0] * len(completions))
+
+
+def mean_by_name(completions: list[str], mean_completion_length: list[float] | None = None) -> list[float]:
+    return mean_completion_length or [-1.0] * len(completions)
+
+
 NOT_A_FUNCTION = 3

@@ -2,6 +2,7 @@
 can try everything that an exploited scorer could.
 """
 
+import itertools
 import json
 import math
 import os
@@ -20,10 +21,11 @@ import pytest
 from rlbal.errors import RewardError
 from rlbal.recipe import RewardsSection
 from rlbal.rewards.outcomes import Fault
-from rlbal.rewards.sandbox import Job, WorkerLost, _read_answer
+from rlbal.rewards.sandbox import Job, Worker, WorkerLost, _read_answer
 from rlbal.rewards.suite import RewardSuite
 
 HOSTILE = str(Path(__file__).parent / "hostile_rewards.py")
+COUNT = itertools.count()
 
 
 def suite_of(functions: dict[str, Any], **rest: Any) -> RewardSuite:
@@ -44,7 +46,8 @@ def suite(request: pytest.FixtureRequest) -> Iterator[RewardSuite]:
 
 def outcome(suite: RewardSuite, code: str) -> tuple[float | None, str | None]:
     """Score and failure reason of a completion; the innocent rows before and after it must be right."""
-    completions = ["score = 1.0", textwrap.dedent(code), "score = 0.5"]
+    fresh = next(COUNT)  # else they would not run at all: equal rows are scored once
+    completions = [f"score = 1.0  # {fresh}", textwrap.dedent(code), f"score = 0.5  # {fresh}"]
     before, score, after = suite.functions[0](prompts=["?"] * 3, completions=completions, completion_ids=[[1]] * 3)
     assert (before, after) == (1.0, 0.5)
     failures = suite.take_failures()
@@ -203,11 +206,11 @@ def test_meddling_with_the_answer_channel_costs_one_row(suite: RewardSuite, repl
 )
 def test_answers_that_no_worker_would_give(answer: dict[str, Any]) -> None:
     with pytest.raises(WorkerLost, match="unreadable"):
-        _read_answer(answer, "t", Job("", 2, 1.0, None))
+        _read_answer(answer, "t", Job("", 2, 1.0, None, False))
 
 
 def test_answers_are_judged_again_and_cleaned() -> None:
-    job = Job("", 5, 1.0, (0, 1))
+    job = Job("", 5, 1.0, (0, 1), False)
     fault = ["raised", "a\x1b[2J\ud800é" + "x" * 9999]
     right, high, nan, text, raised = _read_answer(
         {"token": "t", "outcomes": [0.5, 2.0, math.nan, "1", fault]}, "t", job
@@ -233,8 +236,8 @@ def test_values_that_are_no_score(suite: RewardSuite, code: str, reason: str) ->
 
 
 def test_what_a_completion_changes_is_gone_with_its_row(suite: RewardSuite) -> None:
-    count = "STATE['rows'] += 1; score = STATE['rows']"
-    scores = suite.functions[0](prompts=["?"] * 3, completions=[count] * 3, completion_ids=[[1]] * 3)
+    counts = [f"STATE['rows'] += 1; score = STATE['rows']  # {n}" for n in range(3)]
+    scores = suite.functions[0](prompts=["?"] * 3, completions=counts, completion_ids=[[1]] * 3)
     # A lasting worker keeps what a completion changed, so whoever evaluates completions says `unsafe: true`.
     assert scores == ([1.0] * 3 if suite.section.functions["code"].unsafe else [scores[0] + n for n in range(3)])
 
@@ -314,7 +317,8 @@ def test_an_import_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(RewardError, match=r"did not start(.|\n)*took over 1 s"):
             made.start()
         # Given up for the whole batch, not tried again for every row.
-        assert made.functions[0](prompts=["?"] * 50, completions=["x"] * 50, completion_ids=[[1]] * 50) == [None] * 50
+        rows = [str(n) for n in range(50)]
+        assert made.functions[0](prompts=["?"] * 50, completions=rows, completion_ids=[[1]] * 50) == [None] * 50
         (failure,) = made.take_failures()
         assert (failure.reason, failure.count) == ("died", 50) and "took over 1 s" in failure.example
 
@@ -327,6 +331,15 @@ def test_closing_ends_the_workers_and_their_folder() -> None:
         pid, folder = worker._process.pid, Path(made._pools["code"]._folder.name)
         assert Path(f"/proc/{pid}").exists() and folder.is_dir()
     assert not Path(f"/proc/{pid}").exists() and not folder.exists()
+
+
+def test_a_closed_worker_is_not_started_again(tmp_path: Path) -> None:
+    """A thread may be about to start it when the rewards are closed."""
+    worker = Worker(b"", str(tmp_path), once=False)
+    worker.close()
+    with pytest.raises(RewardError, match="closed"):
+        worker.start()
+    assert worker._process is None
 
 
 def test_busy_workers_end_when_the_trainer_is_killed(tmp_path: Path) -> None:
