@@ -1,14 +1,15 @@
 """How many rollouts each prompt of a generation batch gets."""
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
 
-def uniform_counts(num_prompts: int, rollouts: int) -> torch.Tensor:
-    """The same number of rollouts for every prompt: (P,) int64 summing to `rollouts`.
+def uniform_counts(num_prompts: int, rollouts: int) -> npt.NDArray[np.int64]:
+    """The same number of rollouts for every prompt: (P,) summing to `rollouts`.
 
     Raises:
         ValueError: `rollouts` does not divide by `num_prompts`.
     """
     if rollouts % num_prompts:
         raise ValueError(f"{rollouts} rollouts do not divide over {num_prompts} prompts")
-    return torch.full((num_prompts,), rollouts // num_prompts, dtype=torch.long)
+    return np.full(num_prompts, rollouts // num_prompts, dtype=np.int64)

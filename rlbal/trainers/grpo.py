@@ -18,6 +18,7 @@ import time
 from collections import deque
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -122,9 +123,9 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
         """This process's rows of the generation batch, one per rollout."""
         local = torch.tensor([row["prompt_index"] for row in loaded], device=self.accelerator.device)
         index_N = self.accelerator.gather(local).cpu()
-        prompts_P = torch.tensor(list(dict.fromkeys(index_N.tolist())))
-        index_N = prompts_P.repeat_interleave(uniform_counts(len(prompts_P), len(index_N)))
-        mine = index_N[self._local_slice(len(loaded))].tolist()
+        prompts_P = list(dict.fromkeys(index_N.tolist()))
+        rows = np.repeat(prompts_P, uniform_counts(len(prompts_P), len(index_N)))
+        mine = rows[self._local_slice(len(loaded))].tolist()
         row_of = {index: self.rows[index] for index in set(mine)}
         return [dict(row_of[index]) for index in mine]
 

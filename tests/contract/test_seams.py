@@ -4,6 +4,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer
@@ -121,7 +122,7 @@ def test_generation_happens_once_per_cycle(tmp_path: Path) -> None:
 def test_ragged_groups_reach_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever allocation decides, advantages follow each row's own prompt."""
     monkeypatch.setattr(
-        "rlbal.trainers.grpo.uniform_counts", lambda prompts, rollouts: torch.tensor([1, 2, 5, rollouts - 8])
+        "rlbal.trainers.grpo.uniform_counts", lambda prompts, rollouts: np.array([1, 2, 5, rollouts - 8])
     )
     trainer = trained(tmp_path, advantage__scale="none", trainer__max_steps=1)
     batch = trainer.batch

@@ -141,3 +141,22 @@ def test_torch_stays_out_of_commands_that_do_not_need_it(arguments):
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "rlbal.trainer_args",
+        "rlbal.speed",
+        "rlbal.run",
+        "rlbal.prompts.allocation",
+        "rlbal.prompts.budget",
+        "rlbal.rewards.suite",
+        "rlbal.evaluation",
+        "rlbal.scaling.compute",
+        "reward_fns.length",
+    ],
+)
+def test_torch_stays_out_of_modules_that_do_not_need_it(module):
+    program = f"import sys, {module}\nassert not {{'torch', 'transformers', 'datasets'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
