@@ -4,6 +4,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -212,9 +213,13 @@ def gradient_difference(setting: Setting) -> float:
     return float((found["rlbal"] - found["trl"]).abs().max() / found["trl"].abs().max())
 
 
+@cache
 def matmul_rate(rows: int, inner: int, outer: int, device: str, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a (rows, inner) x (inner, outer) product: median over half a second."""
-    left, right = torch.randn(rows, inner, device=device, dtype=dtype), torch.randn(inner, outer, device=device).to(dtype)
+    """Floating-point operations per second of a (rows, inner) x (inner, outer) product; measured once for a shape."""
+    left, right = (
+        torch.randn(rows, inner, device=device, dtype=dtype),
+        torch.randn(inner, outer, device=device).to(dtype),
+    )
     clock, seconds = StepClock(device), list[float]()
     for _ in range(3):
         left @ right

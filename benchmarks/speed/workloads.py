@@ -38,11 +38,8 @@ class Lengths:
     def cdf_T(self) -> np.ndarray:
         """P(length <= t + 1) for t = 0 … cap − 1, with the cap not yet applied."""
         upper = np.arange(1, self.cap + 1) + 0.5
-        if self.kind == "normal":
-            z = (upper - self.centre) / self.spread
-        else:
-            z = np.log(upper / self.centre) / self.spread
-        cdf = np.array([0.5 * (1 + math.erf(value / math.sqrt(2))) for value in z])
+        away = upper - self.centre if self.kind == "normal" else np.log(upper / self.centre)
+        cdf = np.array([0.5 * (1 + math.erf(value / math.sqrt(2))) for value in away / self.spread])
         cdf[: SHORTEST - 1] = 0.0
         return cdf
 
@@ -110,15 +107,18 @@ def growth(varied: Setting, quick: bool) -> dict[str, list[Setting]]:
         return Lengths("normal", cap * 40 / 96, cap * 20 / 96, cap)
 
     cap, rollouts = varied.lengths.cap, varied.rollouts
-    sizes = [(1024, 20, 16), (1280, 24, 20)] if varied.device == "cuda" else [(96, 3, 4), (192, 4, 4), (384, 6, 6)]
+    caps = (cap // 2, cap, cap * 2) if varied.device == "cuda" else (cap // 2, cap, cap * 2, cap * 4)
+    sizes = [(1024, 20, 16), (1280, 24, 20)] if varied.device == "cuda" else [(96, 3, 4), (160, 4, 4), (256, 4, 4)]
     groups = {
         "rollouts": [replace(varied, name=str(n), rollouts=n) for n in (rollouts // 2 * 2**step for step in range(4))],
-        "length cap": [replace(varied, name=str(n), lengths=longer(n)) for n in (cap // 2, cap, cap * 2, cap * 4)],
+        "length cap": [replace(varied, name=str(n), lengths=longer(n)) for n in caps],
         "hidden size": [
             replace(varied, name=str(hidden), hidden_size=hidden, layers=layers, heads=heads)
             for hidden, layers, heads in sizes
         ],
-        "micro-batch": [replace(varied, name=str(rows), micro_batch=rows) for rows in (varied.micro_batch, rollouts)],
+        "micro-batch": [
+            replace(varied, name=str(rows), micro_batch=rows) for rows in (varied.micro_batch, varied.micro_batch * 4)
+        ],
     }
     return {name: settings[:2] for name, settings in groups.items()} if quick else groups
 
