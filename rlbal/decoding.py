@@ -2,7 +2,7 @@
 
 `generate` computes finished rows until the last one is done, computes a prompt once for each of its rollouts, and
 copies the whole cache for every token. Here finished rows leave the batch and the cache, a prompt is computed once, and
-keys and values are written into a buffer with room to grow. All else is `generate`'s own, since this is a decoding
+keys and values are written into a buffer with room to grow (`rlbal.growing_cache`). All else is `generate`'s own, since this is a decoding
 method for its public argument `custom_generate`: logits processors (temperature, top-k, top-p, min-p, penalties …),
 stopping criteria and position ids are what the generation config and the model say.
 
@@ -23,6 +23,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, St
 from transformers.cache_utils import DynamicLayer
 
 from rlbal.errors import RunError
+from rlbal.growing_cache import GrowingLayer
 
 # Dropping rows copies the cache, so it waits until this share of them is done.
 DROP_SHARE = 1 / 8
@@ -53,42 +54,6 @@ ROW_BY_ROW = {
 }
 
 OnFinished = Callable[[list[int], list[list[int]]], None]
-
-
-class GrowingLayer(DynamicLayer):
-    """Keys and values of a layer in buffers with room to grow, of which `keys` and `values` are views."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self._buffers = [key_states[:, :, :0], value_states[:, :, :0]]
-            self._show(0)
-        assert self.keys is not None and self.values is not None
-        old = self.keys.shape[-2]
-        new = old + key_states.shape[-2]
-        if new > self._buffers[0].shape[-2]:
-            self._buffers = [_larger(part, new + max(32, new // 8)) for part in (self.keys, self.values)]
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, old:new] = states
-        self._show(new)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self.is_initialized and self.keys is not None:
-            self._buffers = [buffer.index_select(0, indices) for buffer in self._buffers]
-            self._show(self.keys.shape[-2])
-
-    def _show(self, length: int) -> None:
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
-
-
-def _larger(part: torch.Tensor, capacity: int) -> torch.Tensor:
-    rows, heads, used, size = part.shape
-    buffer = part.new_empty(rows, heads, capacity, size)
-    buffer[:, :, :used] = part
-    return buffer
 
 
 def unsupported(model: Any, generation_kwargs: dict[str, Any]) -> str | None:
@@ -139,7 +104,7 @@ def decode(
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     rows = _Rows(
         torch.tensor(prompt_of_row, device=device),
-        None if uniforms_RT is None else torch.from_numpy(uniforms_RT).to(device),
+        None if uniforms_RT is None else torch.from_numpy(uniforms_RT).to(device, precision(device)),
         on_finished,
         synced,
     )
@@ -154,6 +119,11 @@ def decode(
             rows=rows,
         )
     return [rows.completions[row] for row in range(len(prompts))]
+
+
+def precision(device: torch.device) -> torch.dtype:
+    """Over 150,000 tokens a float32 sum is off by more than the rarest tokens weigh; but Apple's GPUs have no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 @dataclass
@@ -284,8 +254,7 @@ def draw(scores_AV: torch.Tensor, uniform_A: torch.Tensor) -> tuple[torch.Tensor
     Returns:
         The tokens, shape (A,), and whether all probabilities were finite; if not, the tokens mean nothing.
     """
-    # Double precision: over 150,000 tokens a float32 sum is off by more than the rarest tokens weigh.
-    cdf_AV = scores_AV.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    cdf_AV = scores_AV.softmax(dim=-1).cumsum(dim=-1, dtype=uniform_A.dtype)
     total_A1 = cdf_AV[:, -1:]
     token_A1 = torch.searchsorted(cdf_AV, uniform_A[:, None] * total_A1, right=True)
     return token_A1.clamp(max=scores_AV.shape[-1] - 1)[:, 0], total_A1.isfinite().all()

@@ -25,7 +25,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from rlbal.decoding import check_finite, decode, draw, unsupported
+from rlbal.decoding import check_finite, decode, draw, precision, unsupported
 from rlbal.errors import DataError, RecipeError
 from rlbal.evaluation import Prompt, Sample
 from rlbal.recipe import EvaluationSection
@@ -134,7 +134,7 @@ def _decode_all_rows(
         processors += [TemperatureLogitsWarper(config.temperature)] if config.temperature != 1.0 else []
         processors += [TopKLogitsWarper(config.top_k)] if config.top_k else []
         processors += [TopPLogitsWarper(config.top_p)] if config.top_p < 1.0 else []
-        processors.append(InverseCdf(torch.from_numpy(uniforms_BT).to(device), width))
+        processors.append(InverseCdf(torch.from_numpy(uniforms_BT).to(device, precision(device)), width))
     likeliest = GenerationConfig(**{**config.to_dict(), "do_sample": False})  # what InverseCdf leaves
     with torch.no_grad():
         output = model.generate(**inputs, generation_config=likeliest, logits_processor=processors)

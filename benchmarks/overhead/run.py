@@ -1,4 +1,4 @@
-"""What BalancedGRPOTrainer adds to a step of plain TRL on the same rollouts.
+"""What BalancedGRPOTrainer adds to a step of plain TRL on the same rollouts, with its `speed:` switched off.
 
     python benchmarks/overhead/run.py            # about two minutes on 2 cores
 
@@ -79,6 +79,7 @@ def make_recipe(steps: int, seed: int) -> Recipe:
             "model": {"tiny": {}},
             "data": {"source": "reasoning_gym", "task": "chain_sum", "eval_size": 0},
             "rewards": {"functions": functions},
+            "speed": {"compact_micro_batches": False},
             "trainer": trainer,
         }
     )

@@ -65,7 +65,7 @@ class Setting:
     slow_reward: bool = False
     rollouts: int = 128
     micro_batch: int = 32
-    prompt_tokens: int = 32
+    prompt_tokens: int = 12  # as in the quickstart
     hidden_size: int = 96
     layers: int = 3
     heads: int = 4
@@ -108,10 +108,12 @@ def growth(varied: Setting, quick: bool) -> dict[str, list[Setting]]:
 
     cap, rollouts = varied.lengths.cap, varied.rollouts
     caps = (cap // 2, cap, cap * 2) if varied.device == "cuda" else (cap // 2, cap, cap * 2, cap * 4)
+    prompts = (128, 512, 1024) if varied.device == "cuda" else (12, 32, 96)
     sizes = [(1024, 20, 16), (1280, 24, 20)] if varied.device == "cuda" else [(96, 3, 4), (160, 4, 4), (256, 4, 4)]
     groups = {
         "rollouts": [replace(varied, name=str(n), rollouts=n) for n in (rollouts // 2 * 2**step for step in range(4))],
         "length cap": [replace(varied, name=str(n), lengths=longer(n)) for n in caps],
+        "prompt tokens": [replace(varied, name=str(n), prompt_tokens=n) for n in prompts],
         "hidden size": [
             replace(varied, name=str(hidden), hidden_size=hidden, layers=layers, heads=heads)
             for hidden, layers, heads in sizes

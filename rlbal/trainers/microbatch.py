@@ -47,7 +47,7 @@ PER_TOKEN_KEYS = (
 )
 
 # What a forward and a backward pass cost apart from their tokens, in tokens. Measured in benchmarks/speed.
-PART_TOKENS = 512
+PART_TOKENS = 256
 
 
 @dataclass(frozen=True)
