@@ -2,9 +2,9 @@
 
 `generate` computes finished rows until the last one is done, computes a prompt once for each of its rollouts, and
 copies the whole cache for every token. Here finished rows leave the batch and the cache, a prompt is computed once, and
-keys and values are written into a buffer with room to grow (`rlbal.growing_cache`). All else is `generate`'s own, since this is a decoding
-method for its public argument `custom_generate`: logits processors (temperature, top-k, top-p, min-p, penalties …),
-stopping criteria and position ids are what the generation config and the model say.
+keys and values are written into a buffer with room to grow (`rlbal.growing_cache`). All else is `generate`'s own, since
+this is a decoding method for its public argument `custom_generate`: logits processors (temperature, top-k, top-p,
+min-p, penalties …), stopping criteria and position ids are what the generation config and the model say.
 
 Each row draws its tokens from uniform numbers of its own, through the inverse of the cumulative distribution. So a
 completion depends on the model, the prompt and these numbers, and not on the rows that happen to be in its batch.

@@ -21,3 +21,9 @@ def sometimes_missing(completion_ids: list[list[int]], **kwargs: Any) -> list[fl
 def always_missing_for_some(completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
     """None wherever `sometimes_missing` is, else the length."""
     return [None if ids[0] % 3 == 0 else len(ids) / 20 for ids in completion_ids]
+
+
+def even_share_but(completion_ids: list[list[int]], prompt_index: list[int], dead: list[int], **kwargs: Any) -> list:
+    """As `even_share`, and the same for every completion of the prompts in `dead`."""
+    shares = even_share(completion_ids)
+    return [0.5 if index in dead else share for index, share in zip(prompt_index, shares, strict=True)]

@@ -68,6 +68,12 @@ def make_rows() -> Dataset:
     return Dataset.from_dict({"prompt": PROMPTS, "prompt_index": list(range(len(PROMPTS)))})
 
 
+def make_uneven_rows() -> Dataset:
+    """The 24 prompts with prefixes of 0 to 23 characters, so that they differ in length."""
+    prompts = ["x" * (7 * index % 24) + prompt for index, prompt in enumerate(PROMPTS)]
+    return Dataset.from_dict({"prompt": prompts, "prompt_index": list(range(len(PROMPTS)))})
+
+
 def make_model(recipe: Recipe) -> tuple[torch.nn.Module, Any]:
     """The recipe's tiny model, the same every time, and its tokenizer."""
     assert recipe.model.tiny is not None
@@ -76,19 +82,18 @@ def make_model(recipe: Recipe) -> tuple[torch.nn.Module, Any]:
 
 
 def make_trainer(recipe: Recipe, suite: Any, num_processes: int = 1, **kwargs: Any) -> BalancedGRPOTrainer:
-    """A BalancedGRPOTrainer on scripted rollouts."""
+    """A BalancedGRPOTrainer on scripted rollouts; `kwargs` replace its arguments."""
     args, plan = training_args(recipe, num_processes)
     model, tokenizer = make_model(recipe)
+    defaults = {"rows": make_rows(), "model": model, "rollout_func": scripted_rollouts}
     return BalancedGRPOTrainer(
         recipe=recipe,
         plan=plan,
         suite=suite,
-        rows=make_rows(),
         eval_rows=None,
         tokenizer=tokenizer,
-        model=model,
         args=args,
-        **{"rollout_func": scripted_rollouts, **kwargs},
+        **{**defaults, **kwargs},
     )
 
 
