@@ -17,6 +17,7 @@ from rlbal.probe import probe
 from rlbal.quiet import quiet_libraries
 from rlbal.recipe import Recipe
 from rlbal.rewards.outcomes import verdict
+from rlbal.speed import describe
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,6 +69,9 @@ def check_recipe(recipe: Recipe, name: str | None = None) -> Report:
     if model is not None:
         with report.step("memory") as say:
             _estimate(bound, model, report, say)
+        with report.step("speed") as say:
+            for line in describe(recipe, model, bound.args):
+                say("ok", line)
     if suite is None or data is None:
         return report
     with suite, report.step("columns"):

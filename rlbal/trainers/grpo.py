@@ -38,9 +38,10 @@ from rlbal.rewards.loading import MEAN_LENGTH
 from rlbal.rewards.outcomes import merge, verdict
 from rlbal.rewards.suite import RewardSuite
 from rlbal.scaling.compute import rollout_flops
+from rlbal.speed import transformers_instead
 from rlbal.trainers.compacted import CompactedGRPOTrainer
 from rlbal.trainers.evaluator import PolicyEvaluator
-from rlbal.trainers.rollout import Rollouts, transformers_instead
+from rlbal.trainers.rollout import Rollouts
 from rlbal.trainers.sampler import PromptSampler
 from rlbal.trainers.totals import Totals, model_shape
 

@@ -7,24 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from trl.models import unwrap_model_for_generation
 
-from rlbal.decoding import decode, unsupported
-from rlbal.recipe import Recipe
+from rlbal.decoding import decode
 from rlbal.sampling import prompt_token_ids
 from rlbal.trainer_args import chat_options
 
 if TYPE_CHECKING:
     from rlbal.trainers.grpo import BalancedGRPOTrainer
-
-
-def transformers_instead(recipe: Recipe, model: Any, args: Any) -> str | None:
-    """Why rollouts are not made here: what this model or recipe needs from transformers, or "" if it asks for another
-    engine; None if they are."""
-    others = args.use_vllm or args.use_transformers_continuous_batching
-    if recipe.speed.generation == "transformers" or others:
-        return ""
-    if args.cache_implementation is not None:
-        return f"`trainer.cache_implementation: {args.cache_implementation}` is a cache of transformers"
-    return unsupported(model, args.generation_kwargs or {})
 
 
 @contextmanager

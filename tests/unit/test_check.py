@@ -77,7 +77,7 @@ def test_a_good_recipe_passes(values: dict[str, Any]) -> None:
     found = json.loads(result.stdout, parse_constant=no_constants)
     assert found["ok"] is True
     assert {finding["status"] for finding in found["findings"]} <= {"ok", "warning"}
-    steps = ["recipe", "rewards", "data", "model", "prompt lengths", "memory", "gold answers", "probe"]
+    steps = ["recipe", "rewards", "data", "model", "prompt lengths", "memory", "speed", "gold answers", "probe"]
     assert list(dict.fromkeys(finding["step"] for finding in found["findings"])) == steps
     figures = found["figures"]
     assert figures["batch"] == {"rollouts": 8, "prompts": 2, "num_processes": 1}
