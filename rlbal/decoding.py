@@ -28,7 +28,7 @@ from rlbal.growing_cache import GrowingLayer
 # Dropping rows copies the cache, so it waits until this share of them is done.
 DROP_SHARE = 1 / 8
 # Looking which rows are done makes an accelerator wait for its work; a CPU has done it anyway.
-STEPS_BETWEEN_LOOKS = 16
+STEPS_BETWEEN_LOOKS = {"cpu": 1, "other": 16}
 # Options of `generate` that treat each row by itself, so that rows may leave.
 ROW_BY_ROW = {
     "bad_words_ids",
@@ -201,10 +201,11 @@ def _decode(
 ) -> torch.Tensor:
     """The decoding method; the arguments are those that `generate` gives its own."""
     P, T, device = input_ids.shape[1], generation_config.max_new_tokens, input_ids.device
-    look_every = 1 if device.type == "cpu" else STEPS_BETWEEN_LOOKS
+    look_every = STEPS_BETWEEN_LOOKS["cpu" if device.type == "cpu" else "other"]
     inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
     logits_AV = model(**inputs, return_dict=True).logits[rows.prompt_of_row, -1]
     active, finite = _Active.after_prefill(input_ids, rows, T, model_kwargs), torch.tensor(True, device=device)
+    _tell_padding(logits_processor, active)
     for step in range(T):
         L = P + step
         scores_AV = logits_processor(active.ids_AL[:, :L], logits_AV.float())  # type: ignore[arg-type]
@@ -224,6 +225,7 @@ def _decode(
             going_A = active.length_A == 0
             if 0 < int(going_A.sum()) <= (1 - DROP_SHARE) * len(going_A):
                 active.keep(going_A.nonzero()[:, 0])
+                _tell_padding(logits_processor, active)
                 token_A = active.ids_AL[:, L]
         model_kwargs["attention_mask"] = None if active.mask_AL is None else active.mask_AL[:, : L + 1]
         model_kwargs["position_ids"] = active.position_A1
@@ -232,6 +234,13 @@ def _decode(
         if active.position_A1 is not None:
             active.position_A1 = active.position_A1 + 1
     return input_ids
+
+
+def _tell_padding(processors: LogitsProcessorList, active: _Active) -> None:
+    """The penalty on repetitions knows how much padding each row has, and got it for prompts."""
+    for one in processors:
+        if isinstance(getattr(one, "prompt_ignore_length", None), torch.Tensor) and active.mask_AL is not None:
+            one.prompt_ignore_length = active.mask_AL.int().argmax(dim=1)
 
 
 def _anyone_left(active: _Active, synced: bool) -> bool:

@@ -38,7 +38,8 @@ class CompactedGRPOTrainer(GRPOTrainer):
         self.notes: list[str] = []  # what a user should know of how this run is done
         self.compaction_metrics: dict[str, float] = {}
         self._compaction: Compaction | None = None
-        if compact and (reason := inexact(self.args, self.aux_loss_enabled)) is not None:
+        config: Any = self.model.config  # type: ignore[union-attr]
+        if compact and (reason := inexact(self.args, config, self.aux_loss_enabled)) is not None:
             self.notes.append(f"micro-batches are not compacted: {reason}")
         elif compact:
             self._compaction = rules(self, max_tokens)
@@ -67,9 +68,11 @@ class CompactedGRPOTrainer(GRPOTrainer):
         state, deepspeed = self.accelerator.gradient_state, DistributedType.DEEPSPEED
         before = state.sync_gradients
         state._set_sync_gradients(False)
-        with nullcontext() if self.accelerator.distributed_type == deepspeed else self.accelerator.no_sync(model):
-            yield
-        state._set_sync_gradients(before)
+        try:
+            with nullcontext() if self.accelerator.distributed_type == deepspeed else self.accelerator.no_sync(model):
+                yield
+        finally:
+            state._set_sync_gradients(before)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """The parts that this step trains on; a part itself, for which TRL asks again, is ready as it is."""

@@ -107,7 +107,7 @@ def compact(
     present = {key for key, value in micro_batches[0].items() if value is not None}
     if not present <= {*PROMPT_KEYS, *PER_TOKEN_KEYS, "num_items_in_batch"}:
         return None
-    lengths_SB3 = torch.stack([_lengths(one, how.keep_all) for one in micro_batches])
+    lengths_SB3 = torch.stack([_lengths(one, how) for one in micro_batches])
     lengths_WSB3 = gather(lengths_SB3).view(-1, *lengths_SB3.shape).cpu().numpy()
     result: list[list[MicroBatch]] = []
     for start in range(0, len(micro_batches), block):
@@ -120,13 +120,21 @@ def compact(
     return result
 
 
-def _lengths(micro_batch: MicroBatch, keep_all: bool) -> torch.Tensor:
-    """Whether a row is kept, its prompt's length and its completion's: (B, 3)."""
+def _lengths(micro_batch: MicroBatch, how: Compaction) -> torch.Tensor:
+    """Whether a row is kept, and the columns that its prompt and its completion need: (B, 3)."""
     advantages = micro_batch["advantages"]
     teaches_BT = (advantages if advantages.dim() == 2 else advantages[:, None]) != 0
-    kept_B = (teaches_BT & in_loss(micro_batch).bool()).any(dim=1) | keep_all
-    prompt_B, completion_B = micro_batch["prompt_mask"].sum(dim=1), micro_batch["completion_mask"].sum(dim=1)
-    return torch.stack([kept_B.long(), prompt_B.long(), completion_B.long()], dim=1)
+    kept_B = (teaches_BT & in_loss(micro_batch).bool()).any(dim=1) | how.keep_all
+    needed_B2 = columns_needed(micro_batch["prompt_mask"], micro_batch["completion_mask"], how)
+    return torch.cat([kept_B.long()[:, None], needed_B2], dim=1)
+
+
+def columns_needed(prompt_mask: torch.Tensor, completion_mask: torch.Tensor, how: Compaction) -> torch.Tensor:
+    """Columns of the prompts and of the completions without padding that may go: (B, 2)."""
+    prompt_B, completion_B = prompt_mask.sum(dim=1), completion_mask.sum(dim=1)
+    if not how.cut_prompts:
+        prompt_B = torch.full_like(prompt_B, prompt_mask.shape[1])
+    return -(-torch.stack([prompt_B, completion_B.clamp(min=1)], dim=1) // how.multiple_of) * how.multiple_of
 
 
 def in_loss(micro_batch: MicroBatch) -> torch.Tensor:
@@ -185,14 +193,16 @@ def _cut(
     device = group[0]["prompt_ids"].device
     filler = int(lengths_R2[:, 0].argmin())
     padded = np.concatenate([order, np.full(sum(sizes) - len(order), filler)])
-    rows_of_part = np.split(padded, np.cumsum(sizes)[:-1])
-    index_of_part = [torch.from_numpy(rows).to(device) for rows in rows_of_part]
+    index_of_part = [torch.from_numpy(rows).to(device) for rows in np.split(padded, np.cumsum(sizes)[:-1])]
     parts: list[MicroBatch] = [{} for _ in sizes]
+    # Masked rows are cut to the width of the others.
+    columns_R2 = np.concatenate([lengths_R2[order], np.ones((sum(sizes) - len(order), 2), dtype=np.int64)])
+    columns_of_part = [some.max(axis=0).tolist() for some in np.split(columns_R2, np.cumsum(sizes)[:-1])]
     for key in group[0]:
         scalar = group[0][key].dim() == 0
         whole = group[0][key] if scalar else torch.cat([one[key] for one in group])
-        for part, index, rows in zip(parts, index_of_part, rows_of_part, strict=True):
-            part[key] = whole if scalar else _narrow(key, whole, lengths_R2[rows], how).index_select(0, index)
+        for part, index, columns in zip(parts, index_of_part, columns_of_part, strict=True):
+            part[key] = whole if scalar else _narrow(key, whole, *columns).index_select(0, index)
     old_R = torch.cat([_normaliser(one, how.loss_type).expand(len(one["prompt_ids"])) for one in group])
     used = 0
     for part, index in zip(parts, index_of_part, strict=True):
@@ -206,13 +216,12 @@ def _cut(
     return parts
 
 
-def _narrow(key: str, whole: torch.Tensor, lengths_B2: Lengths, how: Compaction) -> torch.Tensor:
+def _narrow(key: str, whole: torch.Tensor, longest_P: int, longest_T: int) -> torch.Tensor:
     """A tensor of all rows without the columns that are padding for the rows of a part, as a view."""
-    longest_P, longest_T = (-(-length // how.multiple_of) * how.multiple_of for length in lengths_B2.max(axis=0))
     if key in PROMPT_KEYS:
-        return whole[:, -longest_P:] if how.cut_prompts else whole
+        return whole[:, -longest_P:]
     # A ratio per sequence has one column, and an advantage per row none.
-    return whole[:, : max(1, longest_T)] if whole.dim() == 2 and whole.size(1) > 1 else whole
+    return whole[:, :longest_T] if whole.dim() == 2 and whole.size(1) > 1 else whole
 
 
 def _normaliser(micro_batch: MicroBatch, loss_type: str) -> torch.Tensor:
@@ -251,7 +260,7 @@ def forward_in_parts(
         (R, `completion_width`), 0 at padding, which is what TRL has there.
     """
     R, border = len(input_ids), input_ids.shape[1] - completion_width
-    lengths_R2 = torch.stack([attention_mask[:, :border].sum(dim=1), attention_mask[:, border:].sum(dim=1)], dim=1)
+    lengths_R2 = columns_needed(attention_mask[:, :border], attention_mask[:, border:], how)
     lengths_R3 = torch.cat([torch.ones_like(lengths_R2[:, :1]), lengths_R2], dim=1)
     lengths_WR3 = gather(lengths_R3).view(-1, R, 3).cpu().numpy()
     orders, sizes = plan_parts(lengths_WR3, how)
@@ -259,9 +268,9 @@ def forward_in_parts(
     result_RT: torch.Tensor | None = None
     for rows in np.split(order, np.cumsum(sizes)[:-1]):
         longest_P, longest_T = lengths[rows].max(axis=0).tolist()
-        columns = slice(border - longest_P if how.cut_prompts else 0, border + max(1, longest_T))
+        columns = slice(border - longest_P, border + longest_T)
         index = torch.from_numpy(rows).to(input_ids.device)
-        part = forward(input_ids[index, columns], attention_mask[index, columns], max(1, longest_T))
+        part = forward(input_ids[index, columns], attention_mask[index, columns], longest_T)
         if result_RT is None:
             result_RT = part.new_zeros(R, completion_width)
         result_RT[index, : part.shape[1]] = part

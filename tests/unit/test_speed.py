@@ -1,6 +1,9 @@
 """The `speed:` section: what it refuses, and where compaction would change the gradient."""
 
+from typing import Any
+
 import pytest
+from transformers import Qwen3Config
 
 from rlbal.errors import RecipeError
 from rlbal.sections import TinySection
@@ -37,6 +40,16 @@ def test_a_mixture_of_experts_is_known_only_with_the_model() -> None:
     args, _ = bind_trainer(small())
     assert inexact(args) is None
     assert "mixture of experts" in (inexact(args, aux_loss=True) or "")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_position_embeddings_that_depend_on_the_padded_length(nested: bool) -> None:
+    args, _ = bind_trainer(small())
+    for kind in ("default", "yarn", "dynamic", "longrope"):
+        rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 1e4}
+        config = Qwen3Config()
+        config.rope_parameters = {"full_attention": rope} if nested else rope
+        assert (inexact(args, config) is None) == (kind in ("default", "yarn"))
 
 
 def test_a_token_budget_needs_compaction() -> None:

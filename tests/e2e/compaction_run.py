@@ -1,0 +1,156 @@
+"""Training runs on several processes and engines, forked from one that has imported everything. Started by a test.
+
+python tests/e2e/compaction_run.py FOLDER ENGINE...     engines: alone, ddp, zero1, zero2, zero3
+
+Every process of an engine writes what it saw of all its runs to FOLDER/ENGINE-RANK.json.
+"""
+
+import json
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import rlbal.trainers.microbatch
+from rlbal.rewards.suite import RewardSuite
+from rlbal.trainers.grpo import BalancedGRPOTrainer
+from tests.support import REWARDS_FILE, make_model, make_recipe, make_trainer, make_uneven_rows, parameters
+
+LOSSES = ("grpo", "bnpo", "dapo")  # two that gather a number per row, and one that does not
+ROWS = 16  # per micro-batch, over all processes
+
+
+class Watched(BalancedGRPOTrainer):
+    """Keeps the rows and the unmasked rows of every part of every micro-batch, and all completions."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.parts.append([])
+        return super().training_step(*args, **kwargs)
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Any:
+        self.parts[-1].append([len(inputs["prompt_ids"]), int(inputs["completion_mask"].any(dim=1).sum())])
+        return super()._compute_loss(model, inputs)
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        output = super()._generate_and_score_completions(inputs)
+        self.completions.append(self._completion_ids)
+        return output
+
+
+def run(folder: Path, world: int, sampled: bool = False, **changes: Any) -> dict[str, Any]:
+    """Two optimizer steps on scripted rollouts, or on sampled ones."""
+    # A micro-batch has four prompts. Only few prompts teach, so that processes differ in how many rows they keep.
+    reward = {"function": f"{REWARDS_FILE}:even_share_but", "args": {"dead": list(range(8, 24))}, "range": [0, 1]}
+    settings = {
+        "trainer__per_device_train_batch_size": ROWS // world,
+        "trainer__gradient_accumulation_steps": 2,
+        "trainer__max_steps": 2,
+        "trainer__max_completion_length": 40,
+        "trainer__gradient_checkpointing": False,
+        "rewards__functions": {"even": reward},
+        "launch": {"num_processes": world},
+    }
+    recipe = make_recipe(folder / "run", **(settings | changes))
+    model, tokenizer = make_model(recipe)
+    # Enough end tokens for completions to end at many lengths.
+    model.generation_config.eos_token_id = [*range(48), tokenizer.eos_token_id]
+    trainer: Any = make_trainer(recipe, RewardSuite(recipe.rewards), world, model=model, rows=make_uneven_rows())
+    trainer.__class__, trainer.parts, trainer.completions = Watched, [], []
+    if sampled:
+        trainer.rollout_func = trainer._rollouts
+    start = whole_parameters(model)
+    torch.manual_seed(0)  # TRL shuffles the rows of a generation batch
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    engine = trainer.model_wrapped
+    return {
+        "num_processes": trainer.accelerator.num_processes,
+        "distributed_type": str(trainer.accelerator.distributed_type.value),
+        "wrapped": type(engine).__name__,
+        "stage": engine.zero_optimization_stage() if hasattr(engine, "zero_optimization_stage") else None,
+        "engine_steps": getattr(engine, "global_steps", None),
+        "steps": trainer.state.global_step,
+        "parts": trainer.parts,
+        "completions": trainer.completions,
+        "losses": [entry["loss"] for entry in logs],
+        "compaction": [entry.get("compaction/tokens") for entry in logs],
+        "moved": (whole_parameters(model) - start).tolist(),
+        "notes": trainer.notes,
+    }
+
+
+def whole_parameters(model: torch.nn.Module) -> torch.Tensor:
+    """All parameters as one vector, also where each process holds a part of them."""
+    partitioned = [one for one in model.parameters() if hasattr(one, "ds_id")]
+    if not partitioned:
+        return parameters(model)
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        return parameters(model).clone()
+
+
+def runs_of(engine: str, folder: Path, world: int) -> dict[str, Any]:
+    """All runs of an engine."""
+    results = {}
+    if engine != "alone":
+        for loss in LOSSES:
+            for compact in (True, False):
+                changes = {"trainer__loss_type": loss, "speed__compact_micro_batches": compact}
+                results[f"{loss} {'compact' if compact else 'whole'}"] = run(folder, world, **changes)
+    if engine in ("alone", "ddp", "zero3"):
+        results["sampled"] = run(folder, world, sampled=True)
+    if engine == "zero3":
+        results["sampled in parts"] = run(folder, world, sampled=True, trainer__ds3_gather_for_generation=False)
+    return results
+
+
+def process(rank: int, engine: str, folder: Path, world: int, port: int) -> None:
+    """One process of an engine, told of the others as a launcher would tell it."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    if engine.startswith("zero"):
+        import deepspeed
+
+        # Compiling it takes a minute, and results are the same without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        names |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": engine[-1]}
+        names |= {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto"}
+    else:
+        names |= {"ACCELERATE_USE_CPU": "true"}
+    if engine != "alone":
+        os.environ.update({key: str(value) for key, value in names.items()})
+    # The rows of these runs are so small that a part's own cost would put all of them into one.
+    rlbal.trainers.microbatch.PART_TOKENS = 4
+    try:
+        results = runs_of(engine, folder / f"{engine}-{rank}", world)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    Path(folder, f"{engine}-{rank}.json").write_text(json.dumps(results))
+    sys.stdout.flush()
+    os._exit(0)  # nothing is left to be said to the other process
+
+
+def main(folder: Path, engines: list[str]) -> None:
+    """Run the engines one after another."""
+    if any(engine.startswith("zero") for engine in engines):
+        import deepspeed  # noqa: F401  (once, for all processes)
+    for engine in engines:
+        world = 1 if engine == "alone" else 2
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        torch.multiprocessing.start_processes(
+            process, args=(engine, folder, world, port), nprocs=world, start_method="fork"
+        )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
