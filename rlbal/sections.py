@@ -304,8 +304,8 @@ class SpeedSection(Section):
     max_tokens_per_micro_batch: int | None = Field(
         default=None,
         ge=1,
-        description="Micro-batches of at most so many tokens, padding included, instead of "
-        "`trainer.per_device_train_batch_size` rows.",
+        description="Micro-batches of at most so many tokens, padding included, instead of as many as "
+        "`trainer.per_device_train_batch_size` rows of the longest length would have.",
     )
     generation: Literal["rlbal", "transformers"] = Field(
         default="rlbal",

@@ -27,7 +27,7 @@ class CompactedGRPOTrainer(GRPOTrainer):
 
     Args:
         compact: switch it off with False, for comparison.
-        max_tokens: tokens of a part, padding included; None for as many rows as TRL's micro-batches have.
+        max_tokens: tokens of a part, padding included; None for as many as TRL's micro-batches have.
         kwargs: as for GRPOTrainer.
     """
 

@@ -56,15 +56,16 @@ class Compaction:
 
     Args:
         loss_type: TRL's.
-        max_rows: rows of a part, unless `max_tokens` is set.
-        max_tokens: tokens of a part, padding included; a single row may exceed it.
+        rows: of one of TRL's micro-batches; a part holds as many tokens as these do with padding, so that it needs no
+            more memory.
+        max_tokens: tokens of a part, padding included, instead; a single row may exceed it.
         keep_all: a term of the loss needs every row, also those without advantage.
         cut_prompts: padding left of the prompts may go; not with absolute position embeddings, which it shifts.
         multiple_of: parts are padded to a multiple of it (`pad_to_multiple_of`).
     """
 
     loss_type: str
-    max_rows: int
+    rows: int
     max_tokens: int | None = None
     keep_all: bool = False
     cut_prompts: bool = True
@@ -76,7 +77,7 @@ def rules(trainer: Any, max_tokens: int | None) -> Compaction:
     args, config = trainer.args, trainer.model.config.get_text_config()
     return Compaction(
         loss_type=args.loss_type,
-        max_rows=args.per_device_train_batch_size,
+        rows=args.per_device_train_batch_size,
         max_tokens=max_tokens,
         keep_all=args.beta != 0.0,
         cut_prompts=getattr(config, "rope_parameters", None) is not None,
@@ -161,23 +162,23 @@ def plan_parts(lengths_WR3: Lengths, how: Compaction) -> tuple[list[Lengths], li
     longest_R2 = np.ones((max(1, *(len(order) for order in orders)), 2), dtype=np.int64)
     for order, lengths_R3 in zip(orders, lengths_WR3, strict=True):
         longest_R2[: len(order)] = np.maximum(longest_R2[: len(order)], lengths_R3[order, 1:])
-    return orders, _sizes(longest_R2, how)
+    widest = int(lengths_WR3[:, :, 1:].max(axis=(0, 1)).sum())
+    return orders, _sizes(longest_R2, how.max_tokens or how.rows * widest)
 
 
-def _sizes(lengths_R2: Lengths, how: Compaction) -> list[int]:
+def _sizes(lengths_R2: Lengths, max_tokens: int) -> list[int]:
     """Sizes of consecutive parts that cost least together, by dynamic programming from the last row.
 
     A part of n rows costs `PART_TOKENS` and n times its width, which is its longest prompt plus its longest completion.
     """
     R = len(lengths_R2)
-    limit = R if how.max_tokens is not None else how.max_rows
+    limit = max(1, max_tokens // int(lengths_R2.sum(axis=1).min()))
     least_R, size_R = np.zeros(R + 1), np.zeros(R, dtype=np.int64)
     for first in range(R - 1, -1, -1):
         widths = np.maximum.accumulate(lengths_R2[first : first + limit], axis=0).sum(axis=1)
         tokens = widths * np.arange(1, len(widths) + 1)
         cost = PART_TOKENS + tokens + least_R[first + 1 : first + 1 + len(widths)]
-        if how.max_tokens is not None:
-            cost[1:][tokens[1:] > how.max_tokens] = np.inf
+        cost[1:][tokens[1:] > max_tokens] = np.inf
         size_R[first] = 1 + int(cost.argmin())
         least_R[first] = cost.min()
     sizes: list[int] = []

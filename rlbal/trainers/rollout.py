@@ -1,10 +1,12 @@
 """Rollouts by rlbal's own decoding, as the `rollout_func` that TRL calls when a generation batch is due."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from trl.models import unwrap_model_for_generation
 
 from rlbal.decoding import decode
@@ -35,6 +37,12 @@ def weights_in_parts(trainer: "BalancedGRPOTrainer") -> bool:
     if trainer.accelerator.num_processes == 1:
         return False
     return trainer._dist.is_fsdp or (trainer._dist.is_zero3 and not trainer.args.ds3_gather_for_generation)
+
+
+def core_to_spare(device: torch.device) -> bool:
+    """Whether verification can run beside generation without taking its cores, which costs more than it saves."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return device.type != "cpu" or torch.get_num_threads() * processes < len(os.sched_getaffinity(0))
 
 
 class Rollouts:
@@ -106,7 +114,7 @@ class Rollouts:
     def _prefetch(self, rows: list[int], completions: list[list[int]]) -> None:
         """Have finished rows scored, with the arguments that the rewards will get."""
         own = self.trainer
-        if not own.suite.overlaps:
+        if not (own.suite.overlaps and core_to_spare(own.accelerator.device)):
             return
         inputs = [self.inputs[row] for row in rows]
         prompts = [row["prompt"] for row in inputs]

@@ -10,7 +10,7 @@ import torch
 
 from rlbal.rewards.suite import RewardSuite
 from rlbal.trainers.grpo import BalancedGRPOTrainer
-from rlbal.trainers.rollout import Rollouts
+from rlbal.trainers.rollout import Rollouts, core_to_spare
 from tests.support import PROMPTS, make_recipe, make_trainer
 
 FILE = Path(__file__).parent.parent / "scripted_rewards.py"
@@ -80,6 +80,7 @@ def test_rows_are_scored_while_others_are_generated(tmp_path: Path, monkeypatch:
         wait(suite._pools["when"]._ahead["when"].values())
 
     monkeypatch.setattr(RewardSuite, "prefetch", prefetch_and_wait)
+    monkeypatch.setattr("rlbal.trainers.rollout.core_to_spare", lambda device: True)
     functions = {"when": when, "short": SHORT["short"]}
     trainer = trained(tmp_path, rewards__functions=functions, trainer__max_completion_length=64)
     assert trainer.batch is not None
@@ -119,3 +120,13 @@ def test_continuous_batching_works(tmp_path: Path) -> None:
     assert trainer._rollouts is None
     assert len(trainer.ids) == 16
     assert {tuple(prompt) for prompt in trainer.prompts_seen} <= {tuple(prompt) for prompt in PROMPTS}
+
+
+def test_cores_are_spare_beside_an_accelerator_or_fewer_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    assert core_to_spare(torch.device("cuda"))
+    assert core_to_spare(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert not core_to_spare(torch.device("cpu"))
+    assert core_to_spare(torch.device("cuda"))

@@ -32,14 +32,14 @@ def cost(sizes: list[int], rows: list[tuple[int, int]], part_tokens: int) -> int
 
 
 def allowed(sizes: list[int], rows: list[tuple[int, int]], how: Compaction) -> bool:
-    """Whether no part is too large; a single row may be."""
+    """Whether no part is too large; a single row may be. All rows count for the width of TRL's micro-batches."""
+    width = max(prompt for prompt, _ in rows) + max(done for _, done in rows)
+    most = how.max_tokens if how.max_tokens is not None else how.rows * width
     start = 0
     for size in sizes:
         tokens = cost([size], rows[start : start + size], 0)
         start += size
-        if how.max_tokens is None and size > how.max_rows:
-            return False
-        if how.max_tokens is not None and size > 1 and tokens > how.max_tokens:
+        if size > 1 and tokens > most:
             return False
     return True
 
@@ -55,14 +55,12 @@ def every_partition(rows: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("part_tokens", [0, 20, 512])
-@pytest.mark.parametrize(
-    "limit", [{"max_rows": 1}, {"max_rows": 3}, {"max_rows": 20}, {"max_tokens": 40}, {"max_tokens": 10}]
-)
+@pytest.mark.parametrize("limit", [{"rows": 1}, {"rows": 3}, {"rows": 20}, {"max_tokens": 40}, {"max_tokens": 10}])
 def test_no_other_partition_is_cheaper(
     limit: dict[str, int], part_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rlbal.trainers.microbatch.PART_TOKENS", part_tokens)
-    how, dice = Compaction("dapo", **{"max_rows": 2, **limit}), np.random.default_rng(0)
+    how, dice = Compaction("dapo", **{"rows": 2, **limit}), np.random.default_rng(0)
     for rows in range(1, 9):
         lengths_R3 = lengths(rows, dice)
         (order,), sizes = plan_parts(lengths_R3[None], how)
@@ -77,7 +75,7 @@ def test_no_other_partition_is_cheaper(
 
 def test_a_row_over_the_budget_gets_a_part_of_its_own() -> None:
     lengths_R3 = np.array([[1, 5, 3], [1, 50, 60], [1, 4, 4]])
-    (order,), sizes = plan_parts(lengths_R3[None], Compaction("dapo", max_rows=8, max_tokens=40))
+    (order,), sizes = plan_parts(lengths_R3[None], Compaction("dapo", rows=8, max_tokens=40))
     # 110 tokens are too many for any budget of 40; the other two make 2·(5 + 4) = 18.
     assert order.tolist() == [1, 0, 2] and sizes == [1, 2]
 
@@ -85,22 +83,22 @@ def test_a_row_over_the_budget_gets_a_part_of_its_own() -> None:
 def test_processes_with_different_numbers_of_kept_rows() -> None:
     dice = np.random.default_rng(1)
     lengths_WR3 = np.stack([lengths(8, dice, kept) for kept in (0.3, 1.0, 0.0)])
-    orders, sizes = plan_parts(lengths_WR3, Compaction("grpo", max_rows=3))
+    orders, sizes = plan_parts(lengths_WR3, Compaction("grpo", rows=3))
     kept = lengths_WR3[:, :, 0].sum(axis=1).tolist()
     assert kept[2] == 0 < kept[0] < kept[1] == 8
     assert [len(order) for order in orders] == kept
-    assert sum(sizes) == 8 and max(sizes) <= 3
+    assert sum(sizes) == 8
 
 
 def test_the_plan_counts_with_the_longest_row_of_all_processes() -> None:
     """Two rows of 10 tokens would share a part of 20; on the other process they have 30, so neither process does."""
     lengths_WR3 = np.array([[[1, 5, 5], [1, 5, 5]], [[1, 5, 25], [1, 5, 25]]])
-    assert plan_parts(lengths_WR3, Compaction("dapo", max_rows=8, max_tokens=20))[1] == [1, 1]
-    assert plan_parts(lengths_WR3[:1], Compaction("dapo", max_rows=8, max_tokens=20))[1] == [2]
+    assert plan_parts(lengths_WR3, Compaction("dapo", rows=8, max_tokens=20))[1] == [1, 1]
+    assert plan_parts(lengths_WR3[:1], Compaction("dapo", rows=8, max_tokens=20))[1] == [2]
 
 
 def test_nothing_kept_anywhere_leaves_one_row() -> None:
-    orders, sizes = plan_parts(np.zeros((2, 4, 3), dtype=np.int64), Compaction("grpo", max_rows=4))
+    orders, sizes = plan_parts(np.zeros((2, 4, 3), dtype=np.int64), Compaction("grpo", rows=4))
     assert [order.tolist() for order in orders] == [[], []]
     assert sizes == [1]
 
@@ -184,10 +182,10 @@ def assert_same_row(part: dict[str, Any], index: int, batch: dict[str, Any], sou
 
 
 @pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("limit", [{"max_rows": 1}, {"max_rows": 4}, {"max_tokens": 50}])
+@pytest.mark.parametrize("limit", [{"rows": 1}, {"rows": 4}, {"max_tokens": 50}])
 @pytest.mark.parametrize("loss", ["grpo", "bnpo", "dapo"])
 def test_every_row_that_teaches_is_there_once(loss: str, limit: dict[str, int], per_token: bool) -> None:
-    how = Compaction(loss, **{"max_rows": 4, **limit})
+    how = Compaction(loss, **{"rows": 4, **limit})
     for seed, block, processes in [(0, 1, 1), (1, 2, 1), (2, 4, 2), (3, 2, 3)]:
         sources = [make_batches(4, 4, 10 * seed + rank, per_token=per_token) for rank in range(processes)]
         results = on_processes(sources, block, how)
@@ -206,20 +204,23 @@ def test_every_row_that_teaches_is_there_once(loss: str, limit: dict[str, int], 
                         batch, source = kept[found[-1]]
                         assert_same_row(part, index, batches[batch], source)
                 assert sorted(found) == sorted(kept)
-                sizes = [len(part["prompt_ids"]) for part in parts]
-                assert max(sizes) <= (16 if "max_tokens" in limit else how.max_rows)
+                width = sum(batches[start][key].shape[1] for key in ("prompt_ids", "completion_ids"))
+                most = limit.get("max_tokens", how.rows * width)
+                for part in parts:
+                    tokens = part["prompt_ids"].numel() + part["completion_ids"].numel()
+                    assert tokens <= most or len(part["prompt_ids"]) == 1
 
 
 def test_processes_get_parts_of_equal_rows() -> None:
     sources = [make_batches(4, 4, seed, dead) for seed, dead in ((0, 0.9), (1, 0.1), (2, 1.0))]
-    for steps in zip(*on_processes(sources, 2, Compaction("grpo", max_rows=3)), strict=True):
+    for steps in zip(*on_processes(sources, 2, Compaction("grpo", rows=3)), strict=True):
         sizes = [[len(part["prompt_ids"]) for part in parts] for parts in steps]
         assert sizes[0] == sizes[1] == sizes[2]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_block_without_kept_rows_is_one_masked_row(loss: str) -> None:
-    (steps,) = on_processes([make_batches(2, 4, 0, dead=1.0)], 2, Compaction(loss, max_rows=4))
+    (steps,) = on_processes([make_batches(2, 4, 0, dead=1.0)], 2, Compaction(loss, rows=4))
     assert [len(parts) for parts in steps] == [0, 1]
     (part,) = steps[1]
     assert len(part["prompt_ids"]) == 1
@@ -234,20 +235,20 @@ def test_rows_whose_completion_does_not_count_are_left_out() -> None:
     for key in ("completion_mask", "tool_mask"):
         batches = make_batches(1, 4, 0, dead=0.0)
         batches[0][key][1:] = 0
-        (steps,) = on_processes([batches], 1, Compaction("grpo", max_rows=4))
+        (steps,) = on_processes([batches], 1, Compaction("grpo", rows=4))
         assert [row_of(part, 0) for part in steps[0]] == [0] and len(steps[0][0]["prompt_ids"]) == 1
 
 
 def test_one_token_with_advantage_is_enough() -> None:
     batches = make_batches(1, 4, 0, dead=1.0, per_token=True)
     batches[0]["advantages"][2, 0] = 1e-6  # `tool_mask` counts the first token of every row
-    (steps,) = on_processes([batches], 1, Compaction("dapo", max_rows=4))
+    (steps,) = on_processes([batches], 1, Compaction("dapo", rows=4))
     (part,) = steps[0]
     assert row_of(part, 0) == 2 and part["advantages"].tolist()[0][0] == pytest.approx(1e-6)
 
 
 def test_all_rows_are_kept_where_a_term_of_the_loss_needs_them() -> None:
-    (steps,) = on_processes([make_batches(2, 4, 0)], 2, Compaction("dapo", max_rows=3, keep_all=True))
+    (steps,) = on_processes([make_batches(2, 4, 0)], 2, Compaction("dapo", rows=3, keep_all=True))
     found = [row_of(part, index) for parts in steps for part in parts for index in range(len(part["prompt_ids"]))]
     assert sorted(found) == list(range(8))
 
@@ -255,7 +256,7 @@ def test_all_rows_are_kept_where_a_term_of_the_loss_needs_them() -> None:
 @pytest.mark.parametrize("multiple", [1, 4])
 @pytest.mark.parametrize("cut_prompts", [True, False])
 def test_parts_are_as_wide_as_their_longest_rows(cut_prompts: bool, multiple: int) -> None:
-    how = Compaction("dapo", max_rows=3, cut_prompts=cut_prompts, multiple_of=multiple)
+    how = Compaction("dapo", rows=3, cut_prompts=cut_prompts, multiple_of=multiple)
     # TRL pads to the multiple too.
     batches = make_batches(4, 4, 5)
     for batch in batches:
@@ -281,7 +282,7 @@ def test_masked_rows_do_not_widen_a_part() -> None:
         for key, columns in (("prompt_mask", slice(-2)), ("completion_mask", slice(2, None))):
             batch[key][:, columns] = 0  # rows of 2 + 2 tokens, next to much longer ones on the other process
     assert min(sources[1][0]["prompt_mask"].sum(dim=1)) > 2 or min(sources[1][0]["completion_mask"].sum(dim=1)) > 2
-    with_rows, without = on_processes(sources, 1, Compaction("grpo", max_rows=4, max_tokens=16))
+    with_rows, without = on_processes(sources, 1, Compaction("grpo", rows=4, max_tokens=16))
     assert [token_counts(parts).tolist() for parts in with_rows] == [[4.0, 16.0]]
     rows, tokens = token_counts(without[0]).tolist()
     assert rows == 4 and tokens <= 16
@@ -292,7 +293,7 @@ def test_the_token_budget_counts_all_padding(how: dict[str, Any]) -> None:
     """Also that which rounding up to a multiple adds, and that left of prompts which may not be cut."""
     budget = 64
     (steps,) = on_processes(
-        [make_batches(1, 16, 3, dead=0.0)], 1, Compaction("dapo", max_rows=16, max_tokens=budget, **how)
+        [make_batches(1, 16, 3, dead=0.0)], 1, Compaction("dapo", rows=16, max_tokens=budget, **how)
     )
     assert len(steps[0]) > 2
     for part in steps[0]:
@@ -303,7 +304,7 @@ def test_the_token_budget_counts_all_padding(how: dict[str, Any]) -> None:
 def test_what_does_not_belong_to_a_row_stays() -> None:
     batches = make_batches(2, 4, 0)
     before = [{key: value.clone() for key, value in batch.items()} for batch in batches]
-    (steps,) = on_processes([batches], 2, Compaction("grpo", max_rows=4))
+    (steps,) = on_processes([batches], 2, Compaction("grpo", rows=4))
     for part in (part for parts in steps for part in parts):
         assert torch.equal(part["num_items_in_batch"], batches[0]["num_items_in_batch"])
     for batch, old in zip(batches, before, strict=True):
@@ -311,7 +312,7 @@ def test_what_does_not_belong_to_a_row_stays() -> None:
 
 
 def test_what_is_not_known_cannot_be_cut() -> None:
-    how, batches = Compaction("grpo", max_rows=4), make_batches(1, 4, 0)
+    how, batches = Compaction("grpo", rows=4), make_batches(1, 4, 0)
     assert compact([batches[0] | {"pixel_values": torch.zeros(4, 3)}], 1, how) is None
     assert compact([batches[0] | {"pixel_values": None}], 1, how) is not None
 
@@ -353,7 +354,7 @@ def factored(loss: str, part_tokens: int, monkeypatch: pytest.MonkeyPatch, per_t
     if per_token:
         for batch in batches:
             batch["advantages"] = batch["advantages"][:, None].repeat(1, 4)
-    (steps,) = on_processes([batches], 2, Compaction(loss, max_rows=3))
+    (steps,) = on_processes([batches], 2, Compaction(loss, rows=3))
     parts = [part for some in steps for part in some]
     assert [len(part["prompt_ids"]) for part in parts] == ([3] if part_tokens else [1, 1, 1])
     assert [row_of(part, index) for part in parts for index in range(len(part["prompt_ids"]))] == [3, 0, 2]
@@ -414,7 +415,7 @@ def masked_sums(calls: list[tuple[int, ...]]) -> Callable[[torch.Tensor, torch.T
 @pytest.mark.parametrize("cut_prompts", [True, False])
 def test_log_probabilities_in_parts_are_those_of_the_whole(cut_prompts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlbal.trainers.microbatch.PART_TOKENS", 8)
-    how = Compaction("grpo", max_rows=4, cut_prompts=cut_prompts)
+    how = Compaction("grpo", rows=4, cut_prompts=cut_prompts)
     inputs, sent = [], []
     for seed in (0, 1):
         (batch,) = make_batches(1, 16, seed)
@@ -430,6 +431,7 @@ def test_log_probabilities_in_parts_are_those_of_the_whole(cut_prompts: bool, mo
         found = forward_in_parts(masked_sums(shapes[rank]), ids, mask, COMPLETIONS, how, gather, rank)
         assert torch.equal(found, expected)
     assert [rows for rows, _ in shapes[0]] == [rows for rows, _ in shapes[1]]
-    assert sum(rows for rows, _ in shapes[0]) == 16 and max(rows for rows, _ in shapes[0]) <= 4
+    assert sum(rows for rows, _ in shapes[0]) == 16
+    assert max(rows * width for rows, width in shapes[0]) <= 4 * inputs[0][0].shape[1]
     tokens = sum(rows * width for rows, width in shapes[0])
     assert tokens < 0.9 * 16 * (PROMPTS + COMPLETIONS)
