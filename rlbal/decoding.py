@@ -148,6 +148,7 @@ class _Active:
     length_A: torch.Tensor  # tokens of its completion once it is done, until then 0
     settled_A: torch.Tensor  # whether its completion has been handed over
     cache: DynamicCache
+    settled: int = 0  # how many have been handed over
 
     @classmethod
     def after_prefill(cls, input_ids: torch.Tensor, rows: _Rows, T: int, model_kwargs: dict[str, Any]) -> Self:
@@ -170,24 +171,27 @@ class _Active:
         )
 
     def keep(self, indices: torch.Tensor) -> None:
-        """Go on with these rows alone."""
+        """Go on with these rows alone, none of which is done."""
         for one in fields(self):
             value = getattr(self, one.name)
             if isinstance(value, torch.Tensor):
                 setattr(self, one.name, value[indices])
         self.cache.batch_select_indices(indices)
+        self.settled = 0
 
-    def settle(self, rows: _Rows, prompt_length: int) -> None:
-        """Hand over the completions that are done."""
+    def settle(self, rows: _Rows, prompt_length: int) -> int:
+        """Hand over the completions that are done since the last call; how many."""
+        before, self.settled = self.settled, int(self.length_A.count_nonzero())
+        if self.settled == before:
+            return 0
         new = ((self.length_A > 0) & ~self.settled_A).nonzero()[:, 0]
-        if len(new) == 0:
-            return
         self.settled_A[new] = True
         names, lengths = self.row_A[new].tolist(), self.length_A[new].tolist()
         tokens = self.ids_AL[new, prompt_length : prompt_length + max(lengths)].tolist()
         done = [some[:length] for some, length in zip(tokens, lengths, strict=True)]
         rows.completions |= dict(zip(names, done, strict=True))
         rows.on_finished(names, done)
+        return len(done)
 
 
 def _decode(
@@ -206,6 +210,7 @@ def _decode(
     logits_AV = model(**inputs, return_dict=True).logits[rows.prompt_of_row, -1]
     active, finite = _Active.after_prefill(input_ids, rows, T, model_kwargs), torch.tensor(True, device=device)
     _tell_padding(logits_processor, active)
+    left = len(active.row_A)
     for step in range(T):
         L = P + step
         scores_AV = logits_processor(active.ids_AL[:, :L], logits_AV.float())  # type: ignore[arg-type]
@@ -218,13 +223,11 @@ def _decode(
         over_A = stopping_criteria(active.ids_AL[:, : L + 1], None)
         active.length_A += (step + 1) * (over_A & (active.length_A == 0))
         if (step + 1) % look_every == 0 or step + 1 == T:
-            check_finite(finite)
-            active.settle(rows, P)
-            if not _anyone_left(active, rows.synced):
+            left -= active.settle(rows, P)
+            if not _anyone_left(left, rows.synced, device):
                 break
-            going_A = active.length_A == 0
-            if 0 < int(going_A.sum()) <= (1 - DROP_SHARE) * len(going_A):
-                active.keep(going_A.nonzero()[:, 0])
+            if 0 < left <= (1 - DROP_SHARE) * len(active.row_A):
+                active.keep((active.length_A == 0).nonzero()[:, 0])
                 _tell_padding(logits_processor, active)
                 token_A = active.ids_AL[:, L]
         model_kwargs["attention_mask"] = None if active.mask_AL is None else active.mask_AL[:, : L + 1]
@@ -233,6 +236,7 @@ def _decode(
         logits_AV = model(**inputs, return_dict=True).logits[:, -1]
         if active.position_A1 is not None:
             active.position_A1 = active.position_A1 + 1
+    check_finite(finite)
     return input_ids
 
 
@@ -243,14 +247,13 @@ def _tell_padding(processors: LogitsProcessorList, active: _Active) -> None:
             one.prompt_ignore_length = active.mask_AL.int().argmax(dim=1)
 
 
-def _anyone_left(active: _Active, synced: bool) -> bool:
+def _anyone_left(left: int, synced: bool, device: torch.device) -> bool:
     """Whether the model is to be called again; with weights in parts, as long as any process has rows left."""
-    left = (active.length_A == 0).any()
     if synced:
-        count = left.float()
-        torch.distributed.all_reduce(count)
-        left = count > 0
-    return bool(left)
+        everywhere = torch.tensor(float(left), device=device)
+        torch.distributed.all_reduce(everywhere)
+        return bool(everywhere > 0)
+    return left > 0
 
 
 def draw(scores_AV: torch.Tensor, uniform_A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

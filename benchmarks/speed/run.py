@@ -1,6 +1,6 @@
 """Step time, memory and gradients of rlbal against plain TRL, on the same prompts, seeds and settings.
 
-    python benchmarks/speed/run.py                         # about twelve minutes on 2 cores
+    python benchmarks/speed/run.py                         # about fifteen minutes on 2 cores
     python benchmarks/speed/run.py --quick                 # a smoke run in under a minute; writes nothing
     python benchmarks/speed/run.py --only late rollouts    # one workload and one growth; the rest is kept
     python benchmarks/speed/run.py --device cuda           # also against TRL's continuous batching
@@ -41,7 +41,7 @@ from rlbal.scaling.compute import ModelShape
 FOLDER = Path(__file__).parent
 PARTS = ("generation", "reward", "training", "step")
 # Rounds of turns and measured steps of each turn.
-ROUNDS, LONG_ROUNDS, CUDA_ROUNDS, GROWTH_ROUNDS, QUICK_ROUNDS = (6, 3), (4, 1), (3, 1), (2, 1), (1, 1)
+ROUNDS, LONG_ROUNDS, CUDA_ROUNDS, GROWTH_ROUNDS, QUICK_ROUNDS = (6, 2), (4, 1), (3, 1), (2, 1), (1, 1)
 LARGE_MATMUL = {"cpu": 1024, "cuda": 8192}
 
 

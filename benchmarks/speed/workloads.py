@@ -63,7 +63,7 @@ class Setting:
     lengths: Lengths
     dead_share: float = 0.0
     slow_reward: bool = False
-    rollouts: int = 128
+    rollouts: int = 256
     micro_batch: int = 32
     prompt_tokens: int = 12  # as in the quickstart
     hidden_size: int = 96
@@ -111,7 +111,7 @@ def growth(varied: Setting, quick: bool) -> dict[str, list[Setting]]:
     prompts = (128, 512, 1024) if varied.device == "cuda" else (12, 32, 96)
     sizes = [(1024, 20, 16), (1280, 24, 20)] if varied.device == "cuda" else [(96, 3, 4), (160, 4, 4), (256, 4, 4)]
     groups = {
-        "rollouts": [replace(varied, name=str(n), rollouts=n) for n in (rollouts // 2 * 2**step for step in range(4))],
+        "rollouts": [replace(varied, name=str(n), rollouts=n) for n in (rollouts // 4 * 2**step for step in range(4))],
         "length cap": [replace(varied, name=str(n), lengths=longer(n)) for n in caps],
         "prompt tokens": [replace(varied, name=str(n), prompt_tokens=n) for n in prompts],
         "hidden size": [
