@@ -29,42 +29,7 @@ from rlbal.growing_cache import GrowingLayer
 DROP_SHARE = 1 / 8
 # Looking which rows are done makes an accelerator wait for its work; a CPU has done it anyway.
 STEPS_BETWEEN_LOOKS = {"cpu": 1, "other": 16}
-# Options of `generate` that treat each row by itself, so that rows may leave.
-ROW_BY_ROW = {
-    "bad_words_ids",
-    "begin_suppress_tokens",
-    "epsilon_cutoff",
-    "eta_cutoff",
-    "exponential_decay_length_penalty",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "min_new_tokens",
-    "min_p",
-    "no_repeat_ngram_size",
-    "remove_invalid_values",
-    "renormalize_logits",
-    "repetition_penalty",
-    "sequence_bias",
-    "suppress_tokens",
-    "temperature",
-    "top_h",
-    "top_k",
-    "top_p",
-    "typical_p",
-}
-
 OnFinished = Callable[[list[int], list[list[int]]], None]
-
-
-def unsupported(model: Any, generation_kwargs: dict[str, Any]) -> str | None:
-    """Why a model's completions cannot be decoded here with these options of `generate`, in words; None if they can."""
-    if others := sorted(set(generation_kwargs) - ROW_BY_ROW):
-        return f"`trainer.generation_kwargs` asks for {', '.join(others)}"
-    if model.config.is_encoder_decoder or not model._supports_default_dynamic_cache():
-        return "the model has a cache of its own"
-    if not all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers):
-        return "the model has layers that keep something else than keys and values"
-    return None
 
 
 def decode(
@@ -80,7 +45,7 @@ def decode(
     """Complete R prompts at once.
 
     Args:
-        model: an unwrapped causal LM, or a PEFT model around one, for which `unsupported` finds nothing.
+        model: an unwrapped causal LM, or a PEFT model around one; `rlbal.decodable.unsupported` must find nothing.
         prompts: R lists of tokens; equal ones are computed once.
         config: settings of `generate`; `max_new_tokens` at least 1, `pad_token_id` set.
         uniforms_RT: numbers in [0, 1) for R rows and `max_new_tokens` tokens; None for the likeliest tokens.

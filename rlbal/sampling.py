@@ -25,7 +25,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from rlbal.decoding import check_finite, decode, draw, precision, unsupported
+from rlbal.decodable import unsupported
+from rlbal.decoding import check_finite, decode, draw, precision
 from rlbal.errors import DataError, RecipeError
 from rlbal.evaluation import Prompt, Sample
 from rlbal.recipe import EvaluationSection
@@ -220,9 +221,9 @@ def generate_samples(
     ids = prompt_token_ids(tokenizer, prompts, chat_template_kwargs)
     positions = range(len(ids)) if positions is None else positions
     samples = 1 if greedy else settings.samples_per_prompt
-    by_rows = unsupported(model, {}) is None
     results: dict[tuple[int, int], Sample] = {}
     with _only_for_generation(model, config):
+        by_rows = unsupported(model, {}) is None
         for batch in _batches([len(row) for row in ids], samples, settings.batch_size, greedy, progress):
             prompts_of_batch = [ids[prompt] for prompt, _ in batch]
             generators = [np.random.default_rng((seed, positions[prompt], sample)) for prompt, sample in batch]

@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import DistributedType
 from trl import GRPOConfig, GRPOTrainer
 
-from rlbal.speed import inexact
+from rlbal.speed import inexact, no_token_budget
 from rlbal.trainers.microbatch import Compaction, MicroBatch, compact, forward_in_parts, rules, token_counts
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,9 @@ class CompactedGRPOTrainer(GRPOTrainer):
         self.compaction_metrics: dict[str, float] = {}
         self._compaction: Compaction | None = None
         config: Any = self.model.config  # type: ignore[union-attr]
-        if compact and (reason := inexact(self.args, config, self.aux_loss_enabled)) is not None:
+        if compact and (reason := inexact(self.args, config)) is not None:
+            if max_tokens is not None:
+                raise no_token_budget(reason)
             self.notes.append(f"micro-batches are not compacted: {reason}")
         elif compact:
             self._compaction = rules(self, max_tokens)
@@ -48,7 +50,8 @@ class CompactedGRPOTrainer(GRPOTrainer):
     def generation_is_due(self) -> bool:
         """Whether the next training step begins with a new generation batch."""
         every = (self.args.steps_per_generation or 1) * self.num_iterations
-        return self._step % every == 0 or self._buffered_inputs is None
+        training = bool(self.model.training)  # type: ignore[union-attr]
+        return training and (self._step % every == 0 or self._buffered_inputs is None)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         model.train()
@@ -78,6 +81,8 @@ class CompactedGRPOTrainer(GRPOTrainer):
         """The parts that this step trains on; a part itself, for which TRL asks again, is ready as it is."""
         if isinstance(generation_batch, dict):
             return generation_batch
+        if not self.model.training:  # type: ignore[union-attr]
+            return super()._prepare_inputs(generation_batch)
         due = self.generation_is_due
         parts = super()._prepare_inputs(generation_batch)
         if due:

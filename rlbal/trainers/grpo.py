@@ -6,12 +6,11 @@ One training step, in the order of the methods below:
     _prepare_inputs                  generation is due: how many rollouts each prompt gets, and their rows
     _generate_and_score_completions  TRL generates and scores; our advantages replace TRL's
     _calculate_rewards               raw rewards of all processes; failed scores decided alike on every process
-    training_step                    one backward pass per part of a micro-batch (`rlbal.trainers.compacted`)
     log                              what metrics.jsonl says of the step
     evaluate                         held-out evaluation with its own sampling
 
-TRL keeps the loss, LoRA, checkpoints and the distributed engines. Each method calls `super()`, and each has
-a contract test that fails when TRL changes under it.
+What then is trained on, `rlbal.trainers.compacted` says. TRL keeps the loss, LoRA, checkpoints and the distributed
+engines. Each method has a contract test that fails when TRL changes under it.
 """
 
 import time

@@ -153,13 +153,16 @@ def plan_parts(lengths_WR3: Lengths, how: Compaction) -> tuple[list[Lengths], li
 
     Returns:
         Each process's kept rows, longest first, and the sizes of the parts that all of them cut these into. The sizes
-        sum to the largest number of kept rows, and at least to 1.
+        sum to the largest number of kept rows. If no process keeps any, each keeps a short one: its gradient is zero as
+        it should be, and what TRL logs of it is true.
     """
-    orders = []
+    orders, nothing = [], not lengths_WR3[:, :, 0].any()
     for lengths_R3 in lengths_WR3:
         kept = np.flatnonzero(lengths_R3[:, 0])
+        if nothing:
+            kept = lengths_R3[:, 1:].sum(axis=1).argmin(keepdims=True)
         orders.append(kept[np.argsort(-lengths_R3[kept, 1:].sum(axis=1), kind="stable")])
-    longest_R2 = np.ones((max(1, *(len(order) for order in orders)), 2), dtype=np.int64)
+    longest_R2 = np.ones((max(len(order) for order in orders), 2), dtype=np.int64)
     for order, lengths_R3 in zip(orders, lengths_WR3, strict=True):
         longest_R2[: len(order)] = np.maximum(longest_R2[: len(order)], lengths_R3[order, 1:])
     widest = int(lengths_WR3[:, :, 1:].max(axis=(0, 1)).sum())
@@ -197,7 +200,7 @@ def _cut(
     index_of_part = [torch.from_numpy(rows).to(device) for rows in np.split(padded, np.cumsum(sizes)[:-1])]
     parts: list[MicroBatch] = [{} for _ in sizes]
     # Masked rows are cut to the width of the others.
-    columns_R2 = np.concatenate([lengths_R2[order], np.ones((sum(sizes) - len(order), 2), dtype=np.int64)])
+    columns_R2 = np.concatenate([lengths_R2[order], np.full((sum(sizes) - len(order), 2), how.multiple_of)])
     columns_of_part = [some.max(axis=0).tolist() for some in np.split(columns_R2, np.cumsum(sizes)[:-1])]
     for key in group[0]:
         scalar = group[0][key].dim() == 0

@@ -73,8 +73,14 @@ class Rollouts:
         self._remember(completions)
         return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
 
+    @property
+    def _overlaps(self) -> bool:
+        """Whether rewards can start early, with the arguments they would get later; TRL may parse chat completions."""
+        parsed = any(getattr(self.trainer.tokenizer, kind, None) for kind in ("response_template", "response_schema"))
+        return self.trainer.suite.overlaps and not parsed and core_to_spare(self.trainer.accelerator.device)
+
     def _decode(self, model: Any, ids: list[list[int]], wave: list[int]) -> list[list[int]]:
-        own = self.trainer
+        own, overlaps = self.trainer, self._overlaps
         first, limit = (
             own.totals.rollouts + own.accelerator.process_index * len(ids),
             own.generation_config.max_new_tokens,
@@ -82,7 +88,8 @@ class Rollouts:
         uniforms_RT = np.stack([np.random.default_rng((own.args.seed, first + row)).random(limit) for row in wave])
 
         def on_finished(rows: list[int], done: list[list[int]]) -> None:
-            self._prefetch([wave[row] for row in rows], done)
+            if overlaps:
+                self._prefetch([wave[row] for row in rows], done)
 
         return decode(
             model,
@@ -114,8 +121,6 @@ class Rollouts:
     def _prefetch(self, rows: list[int], completions: list[list[int]]) -> None:
         """Have finished rows scored, with the arguments that the rewards will get."""
         own = self.trainer
-        if not (own.suite.overlaps and core_to_spare(own.accelerator.device)):
-            return
         inputs = [self.inputs[row] for row in rows]
         prompts = [row["prompt"] for row in inputs]
         texts: list[Any] = own.tokenizer.batch_decode(completions, skip_special_tokens=True)

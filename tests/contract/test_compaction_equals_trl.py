@@ -199,7 +199,8 @@ def test_a_batch_with_dead_groups_alone(loss: str, tmp_path: Path) -> None:
     assert_equal(ours, trl)
     assert [step["grad_norm"] > 0 for step in steps_of(trl)] == [True, False, True]
     assert [step["grad_norm"] > 0 for step in steps_of(ours)] == [True, False, True]
-    # 16 rows are left out, and one stands in for them, masked.
+    assert steps_of(ours)[1]["entropy"] > 1.0, "TRL's entropy of a batch with dead groups alone is that of its tokens"
+    # 16 rows are left out, and one stands in for them.
     assert steps_of(ours)[1]["compaction/rows"] == pytest.approx(1 / 16)
     assert steps_of(ours)[0]["compaction/rows"] == 1.0
 

@@ -19,7 +19,8 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 import rlbal.decoding
-from rlbal.decoding import decode, unsupported
+from rlbal.decodable import unsupported
+from rlbal.decoding import decode
 from rlbal.errors import RunError
 from tests.decoders import COMMON, ENDS, PAD, SAMPLING, V, by_transformers, make_prompts, qwen, settings, uniforms
 

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import rlbal.sampling
-from rlbal.decoding import unsupported
+from rlbal.decodable import unsupported
 from rlbal.recipe import EvaluationSection
 from rlbal.sampling import generate_samples
 from rlbal.tiny import build_tokenizer
@@ -67,6 +67,17 @@ def test_options_that_are_left_to_transformers() -> None:
         "watermarking_config",
     ):
         assert option in str(unsupported(qwen(), {option: None}))
+
+
+def test_options_of_the_model_itself_count_too() -> None:
+    """`generate` fills what is not given from the model's generation config."""
+    model = qwen()
+    model.generation_config.update(temperature=0.7, top_k=20, repetition_penalty=1.05, pad_token_id=0, min_length=2)
+    assert unsupported(model, {}) is None
+    for option, value in {"num_beams": 2, "guidance_scale": 1.5, "cache_implementation": "static"}.items():
+        model = qwen()
+        model.generation_config.update(**{option: value})
+        assert unsupported(model, {}) == f"the model's generation config asks for {option}"
 
 
 @pytest.mark.parametrize("greedy", [False, True])

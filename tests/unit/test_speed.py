@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from transformers import Qwen3Config
+from transformers import Qwen3Config, Qwen3MoeConfig
 
 from rlbal.errors import RecipeError
 from rlbal.sections import TinySection
@@ -36,10 +36,14 @@ def test_where_it_is_not_exact_the_reason_names_the_key(overrides: list[str], ke
     assert key in str(refused.value)
 
 
-def test_a_mixture_of_experts_is_known_only_with_the_model() -> None:
+def test_the_auxiliary_loss_of_a_mixture_of_experts() -> None:
+    """As in TRL, the model's coefficient counts unless the recipe gives one."""
     args, _ = bind_trainer(small())
-    assert inexact(args) is None
-    assert "mixture of experts" in (inexact(args, aux_loss=True) or "")
+    assert inexact(args, Qwen3Config()) is None
+    assert "mixture of experts" in (inexact(args, Qwen3MoeConfig()) or "")
+    assert inexact(args, Qwen3MoeConfig(router_aux_loss_coef=0.0)) is None
+    without, _ = bind_trainer(small("trainer.router_aux_loss_coef=0.0"))
+    assert inexact(without, Qwen3MoeConfig()) is None
 
 
 @pytest.mark.parametrize("nested", [False, True])
