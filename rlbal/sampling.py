@@ -168,6 +168,21 @@ def _batches(
     )
 
 
+def _config(
+    tokenizer: Any, ends: list[int], settings: EvaluationSection, max_new_tokens: int, greedy: bool
+) -> GenerationConfig:
+    drawn = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+    return GenerationConfig(
+        do_sample=not greedy,
+        **({} if greedy else drawn),
+        max_new_tokens=max_new_tokens,
+        use_cache=True,
+        eos_token_id=ends or None,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0],
+        disable_compile=True,
+    )
+
+
 def generate_samples(
     model: Any,
     tokenizer: Any,
@@ -209,15 +224,7 @@ def generate_samples(
     """
     device = torch.device(device or model.device)
     ends = end_tokens(model, tokenizer)
-    config = GenerationConfig(
-        do_sample=not greedy,
-        **({} if greedy else {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}),
-        max_new_tokens=max_new_tokens,
-        use_cache=True,
-        eos_token_id=ends or None,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0],
-        disable_compile=True,
-    )
+    config = _config(tokenizer, ends, settings, max_new_tokens, greedy)
     ids = prompt_token_ids(tokenizer, prompts, chat_template_kwargs)
     positions = range(len(ids)) if positions is None else positions
     samples = 1 if greedy else settings.samples_per_prompt
