@@ -59,10 +59,29 @@ def conciseness(
 
     A process sees only its own rows, so rlbal's trainer gathers m over all processes and passes it as the column
     `mean_completion_length` (the same value in each row). Without the column m is the mean of the rows at hand.
+
+    The mean score of a batch stays near ½ however short its completions are, so it says nothing of progress; see
+    `absolute_conciseness` for that.
     """
     lengths = [len(ids) for ids in completion_ids]
     means = mean_completion_length or [sum(lengths) / max(len(lengths), 1)] * len(lengths)
     return [1 / (1 + length / mean) if mean > 0 else 1.0 for length, mean in zip(lengths, means, strict=True)]
+
+
+def absolute_conciseness(
+    completions: Sequence[Completion],
+    completion_ids: Sequence[Sequence[int]],
+    target_tokens: int | None = None,
+    token_budget: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> list[float]:
+    """1/(1 + ℓ/L): 1 for an empty completion, ½ at the target, towards 0 beyond. Comparable over a whole run.
+
+    Raises:
+        RewardError: no target, or one below 1.
+    """
+    targets = _targets(len(completion_ids), target_tokens, token_budget)
+    return [1 / (1 + len(ids) / target) for ids, target in zip(completion_ids, targets, strict=True)]
 
 
 def _fall(length: int, target: int) -> float:

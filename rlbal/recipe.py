@@ -11,11 +11,18 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from rlbal.balance_checks import check_advantage, check_weighting
+from rlbal.balance_sections import (
+    METHODS,
+    AdvantageSection,
+    AnyWeights,
+    FixedWeights,
+)
 from rlbal.errors import RecipeError, nearest
 from rlbal.recipe_file import apply_override, dump_yaml, parse_yaml
+from rlbal.section import Section, UserPath
 from rlbal.sections import (
     SOURCES,
-    AdvantageSection,
     AlgorithmSection,
     AllocationSection,
     AnyData,
@@ -30,12 +37,9 @@ from rlbal.sections import (
     ReasoningGymData,
     RewardSpec,
     RewardsSection,
-    Section,
     SpeedSection,
     TinySection,
-    UserPath,
     WarmStartSection,
-    WeightingSection,
 )
 from rlbal.shipped import shipped_dir
 
@@ -61,7 +65,6 @@ __all__ = [
     "SpeedSection",
     "TinySection",
     "WarmStartSection",
-    "WeightingSection",
     "apply_override",
     "parse_recipe",
     "parse_yaml",
@@ -84,7 +87,7 @@ class Recipe(Section):
     model: ModelSection
     data: AnyData
     rewards: RewardsSection
-    weighting: WeightingSection = Field(default_factory=WeightingSection)
+    weighting: AnyWeights = Field(default_factory=FixedWeights)
     advantage: AdvantageSection = Field(default_factory=AdvantageSection)
     budget: BudgetSection = Field(default_factory=BudgetSection)
     allocation: AllocationSection = Field(default_factory=AllocationSection)
@@ -108,42 +111,16 @@ class Recipe(Section):
             return values
         preset = ADVANTAGE_PRESETS.get(str(algorithm.get("name", "grpo")), {})
         filled = {**advantage, **{key: value for key, value in preset.items() if advantage.get(key) is None}}
+        if filled.get("scale") == "beta" and filled.get("beta") is None:
+            filled["beta"] = {}
+        if isinstance(values.get("weighting"), dict):
+            values["weighting"] = {"method": "fixed", **values["weighting"]}
         return {**values, "advantage": filled}
 
     @model_validator(mode="after")
-    def _advantage_possible(self) -> Self:
-        group_size, advantage = self.algorithm.rollouts_per_prompt, self.advantage
-        if group_size == 1 and advantage.baseline in ("group", "leave_one_out"):
-            raise PydanticCustomError(
-                "group_of_one",
-                f"`advantage.baseline: {advantage.baseline}` compares the rollouts of one prompt, but "
-                "`algorithm.rollouts_per_prompt` is 1, so every advantage would be 0; use at least 2 rollouts, or "
-                "`advantage.baseline: batch` or `none` (algorithm reinforce)",
-            )
-        if group_size == 1 and advantage.scale in ("group_std", "beta"):
-            raise PydanticCustomError(
-                "group_of_one",
-                f"`advantage.scale: {advantage.scale}` needs several rollouts per prompt, but "
-                "`algorithm.rollouts_per_prompt` is 1; use at least 2, or `advantage.scale: none` or `batch_std`",
-            )
-        if advantage.scale == "beta":
-            if advantage.order != "normalize_then_sum":
-                raise PydanticCustomError(
-                    "order",
-                    "`advantage.scale: beta` normalises each reward by its own Beta density, so it needs "
-                    "`advantage.order: normalize_then_sum`",
-                )
-            if advantage.baseline != "group":
-                raise PydanticCustomError(
-                    "baseline",
-                    "`advantage.scale: beta` is defined around the group mean: set `advantage.baseline: group`",
-                )
-            for name, spec in self.rewards.functions.items():
-                if spec.range is None:
-                    raise PydanticCustomError(
-                        "range",
-                        f"`advantage.scale: beta` maps rewards to [0, 1]: give `rewards.functions.{name}.range`",
-                    )
+    def _balance_possible(self) -> Self:
+        check_weighting(self)
+        check_advantage(self)
         return self
 
     @model_validator(mode="after")
@@ -193,9 +170,13 @@ def _message(error: ValidationError, raw: Any) -> str:
             shown = "; put quotes around text that starts with {"
         text, key = item["msg"] + shown, ".".join(path)
         if item["type"] in ("union_tag_not_found", "union_tag_invalid"):
-            source = here.get("source")
-            key, text = f"{key}.source", f"{source!r} is no source of data. {nearest(str(source), SOURCES)}"
-        if item["type"] in ("model_type", "dict_type"):
+            if item["loc"][-1] == "weighting":
+                method = here.get("method")
+                key, text = f"{key}.method", f"{method!r} is no method of weighting. {nearest(str(method), METHODS)}"
+            else:
+                source = here.get("source")
+                key, text = f"{key}.source", f"{source!r} is no source of data. {nearest(str(source), SOURCES)}"
+        if item["type"] in ("model_type", "dict_type", "model_attributes_type"):
             text = "this is a section: give it keys of its own" + shown
         lines.append(f"`{key}`: {text}" if key else text)
     return "\n".join(lines)

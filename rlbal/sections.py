@@ -1,36 +1,12 @@
 """The sections of a recipe: their keys, types, defaults and what each refuses on its own."""
 
-import re
-from os.path import expanduser
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from rlbal.errors import nearest
-
-# Reward names become metric names and part of override paths, where `/` and `.` have a meaning.
-NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
-
-
-# A file or folder, where `~` is the user's home as in a shell, not a folder of that name.
-UserPath = Annotated[str, AfterValidator(expanduser)]
-
-
-class Section(BaseModel):
-    """A part of a recipe. Unknown keys are refused with the nearest valid one."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unknown_keys(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            for key in values:
-                if key not in cls.model_fields:
-                    hint = nearest(str(key), cls.model_fields)
-                    raise PydanticCustomError("unknown_key", f"`{key}` is not a key here. {hint}".strip())
-        return values
+from rlbal.section import NAME, Section, UserPath
 
 
 class AlgorithmSection(Section):
@@ -228,23 +204,6 @@ class RewardsSection(Section):
     @property
     def success_name(self) -> str:
         return self.success or next(iter(self.functions))
-
-
-class WeightingSection(Section):
-    """How the weights of the rewards change while training."""
-
-    method: Literal["fixed"] = "fixed"
-
-
-class AdvantageSection(Section):
-    """How rewards become advantages (see `rlbal.balance.advantages`). Unset keys follow `algorithm.name`."""
-
-    baseline: Literal["group", "leave_one_out", "batch", "none"] | None = None
-    scale: Literal["none", "group_std", "batch_std", "beta"] | None = None
-    order: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
-    whiten: bool = Field(
-        default=False, description="Standardise the final advantages over the batch (GDPO's last step)."
-    )
 
 
 class BudgetSection(Section):

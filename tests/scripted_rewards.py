@@ -8,6 +8,11 @@ def even_share(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
     return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
 
 
+def odd_share(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    """What `even_share` leaves, to the last bit."""
+    return [1.0 - share for share in even_share(completion_ids)]
+
+
 def short(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
     """1 for up to five tokens, else 0."""
     return [float(len(ids) <= 5) for ids in completion_ids]
@@ -27,3 +32,8 @@ def even_share_but(completion_ids: list[list[int]], prompt_index: list[int], dea
     """As `even_share`, and the same for every completion of the prompts in `dead`."""
     shares = even_share(completion_ids)
     return [0.5 if index in dead else share for index, share in zip(prompt_index, shares, strict=True)]
+
+
+def never(completion_ids: list[list[int]], **kwargs: Any) -> list[None]:
+    """No score for any row."""
+    return [None] * len(completion_ids)

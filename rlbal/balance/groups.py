@@ -30,14 +30,21 @@ def group_mean(
     return sums_PK / counts_PK.clamp(min=1.0), counts_PK
 
 
+def group_variance(
+    values_NK: torch.Tensor, present_NK: torch.Tensor, group_N: torch.Tensor, num_groups: int
+) -> torch.Tensor:
+    """Variance (ddof 1) over the present rows of each group: (P, K), 0 for fewer than two rows."""
+    means_PK, counts_PK = group_mean(values_NK, present_NK, group_N, num_groups)
+    deviations_NK = torch.where(present_NK, values_NK - means_PK[group_N], 0.0)
+    squares_PK = group_sum(deviations_NK.square(), group_N, num_groups)
+    return squares_PK / (counts_PK - 1.0).clamp(min=1.0)
+
+
 def group_std(
     values_NK: torch.Tensor, present_NK: torch.Tensor, group_N: torch.Tensor, num_groups: int
 ) -> torch.Tensor:
     """Standard deviation (ddof 1) over the present rows of each group: (P, K), 0 for fewer than two rows."""
-    means_PK, counts_PK = group_mean(values_NK, present_NK, group_N, num_groups)
-    deviations_NK = torch.where(present_NK, values_NK - means_PK[group_N], 0.0)
-    squares_PK = group_sum(deviations_NK.square(), group_N, num_groups)
-    return (squares_PK / (counts_PK - 1.0).clamp(min=1.0)).sqrt()
+    return group_variance(values_NK, present_NK, group_N, num_groups).sqrt()
 
 
 def constant_groups(values_NK: torch.Tensor, group_N: torch.Tensor, num_groups: int) -> torch.Tensor:

@@ -51,7 +51,8 @@ class RunRecorder(TrainerCallback):
         **_: Any,
     ) -> None:
         if state.is_world_process_zero and logs is not None and "loss" in logs:
-            append_jsonl(self.run.metrics_path, {"step": state.global_step, **logs})
+            assert self.trainer is not None
+            append_jsonl(self.run.metrics_path, {"step": state.global_step, **logs, **self.trainer.balance.tables()})
 
     def on_evaluate(
         self,

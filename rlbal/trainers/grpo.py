@@ -6,6 +6,8 @@ One training step, in the order of the methods below:
     _prepare_inputs                  generation is due: how many rollouts each prompt gets, and their rows
     _generate_and_score_completions  TRL generates and scores; our advantages replace TRL's
     _calculate_rewards               raw rewards of all processes; failed scores decided alike on every process
+    _compute_loss, _get_per_token_logps_and_entropies, training_step
+                                     weights that learn from gradients watch the backward pass
     log                              what metrics.jsonl says of the step
     evaluate                         held-out evaluation with its own sampling
 
@@ -24,8 +26,7 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
-from rlbal.balance.advantages import AdvantageRule, compute_advantages
-from rlbal.balance.weighting import FixedWeighting
+from rlbal.balance.gradients import gram_matrix
 from rlbal.batch import RolloutBatch, batch_metrics, group_rows
 from rlbal.batch_plan import BatchPlan
 from rlbal.errors import TrainingStopped
@@ -38,10 +39,15 @@ from rlbal.rewards.outcomes import merge, verdict
 from rlbal.rewards.suite import RewardSuite
 from rlbal.scaling.compute import rollout_flops
 from rlbal.speed import transformers_instead
+from rlbal.trainer_args import completion_limit
+from rlbal.trainers.balance import RewardBalance
 from rlbal.trainers.compacted import CompactedGRPOTrainer
 from rlbal.trainers.evaluator import PolicyEvaluator
+from rlbal.trainers.influence import make_probe, teach_all
+from rlbal.trainers.microbatch import REWARD_ADVANTAGES
 from rlbal.trainers.rollout import Rollouts
 from rlbal.trainers.sampler import PromptSampler
+from rlbal.trainers.step_factor import StepFactor
 from rlbal.trainers.totals import Totals, model_shape
 
 
@@ -70,13 +76,9 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
         **kwargs: Any,
     ) -> None:
         self.recipe, self.plan, self.suite, self.rows, self.tokenizer = recipe, plan, suite, rows, tokenizer
-        functions = recipe.rewards.functions
-        self.rule = AdvantageRule(**recipe.advantage.model_dump())
-        self.weighting = FixedWeighting([spec.weight for spec in functions.values()])
+        self.balance = RewardBalance(recipe, completion_limit(kwargs["args"]))
         self.budget = NoBudget()
-        ranges = [spec.range for spec in functions.values()]
-        self.ranges_K2 = torch.tensor(ranges) if all(ranges) else None
-        self.success = list(functions).index(recipe.rewards.success_name)
+        self.success = list(recipe.rewards.functions).index(recipe.rewards.success_name)
         self.batch: RolloutBatch | None = None
         self.totals = Totals()
         self._report: dict[str, float] = {}
@@ -98,6 +100,9 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
             max_tokens=recipe.speed.max_tokens_per_micro_batch,
             **kwargs,
         )
+        self._step_factor = StepFactor()
+        self.add_callback(self._step_factor)
+        self._probe, self._sampled_by_this_policy = make_probe(self), False
         self.shape = model_shape(self.accelerator.unwrap_model(self.model))
         self.evaluator = PolicyEvaluator(self, eval_rows) if eval_rows is not None else None
         if reason:
@@ -117,7 +122,10 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         if self.generation_is_due and not isinstance(generation_batch, dict):
             generation_batch = self._allocate(generation_batch)
-        return super()._prepare_inputs(generation_batch)
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.model.training:  # type: ignore[union-attr]
+            self._step_factor.apply(self.optimizer, self.balance.factor_on("learning_rate"))
+        return inputs
 
     def _allocate(self, loaded: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """This process's rows of the generation batch, one per rollout."""
@@ -143,15 +151,18 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
         self._times["reward"] += self._last_reward_seconds
 
         self.batch = self._gather_batch(inputs, output)
-        weights_K = self.weighting.weights()
-        advantages_N, details = compute_advantages(
-            self.batch.rewards_NK, self.batch.group_N, weights_K, self.rule, self.ranges_K2
-        )
-        output["advantages"] = advantages_N[self._local_slice(len(inputs))].to(self.accelerator.device)
+        advantages_N = self.balance.advantages(self.batch, self.state.global_step / max(self.state.max_steps, 1))
+        mine, device = self._local_slice(len(inputs)), self.accelerator.device
+        if self.balance.probe_is_due:
+            own_NK = self.balance.reward_advantages(self.batch)
+            advantages_N = teach_all(advantages_N, own_NK)
+            output[REWARD_ADVANTAGES] = own_NK[mine].to(device)
+        output["advantages"] = advantages_N[mine].to(device)
+        self._sampled_by_this_policy = True
         logged: deque[float] = self._logs["advantages"]  # type: ignore[assignment]
         logged.clear()
         logged.extend(advantages_N.tolist())
-        self._account(weights_K, advantages_N, details)
+        self._account(advantages_N)
         self._times["balance"] += time.perf_counter() - balance_started
         return output
 
@@ -173,7 +184,7 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
             truncated_N=truncated_N.bool(),
         )
 
-    def _account(self, weights_K: torch.Tensor, advantages_N: torch.Tensor, details: dict[str, list[float]]) -> None:
+    def _account(self, advantages_N: torch.Tensor) -> None:
         """Count what the batch cost, and keep what metrics.jsonl will say of it."""
         batch, names = self.batch, self.suite.names
         assert batch is not None
@@ -182,10 +193,8 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
         self.totals.tokens_generated += sum(completion_tokens)
         self.totals.flops += rollout_flops(self.shape, prompt_tokens, completion_tokens, self.num_iterations)
         budget = self.budget.tokens(self.state.global_step)
-        self._report = batch_metrics(batch, weights_K, names, self.success, budget)
+        self._report = batch_metrics(batch, self.balance.weights_K, names, self.success, budget)
         self._report["advantage/abs_mean"] = advantages_N.abs().mean().item()
-        for detail, values in details.items():
-            self._report |= {f"beta/{detail}/{name}": value for name, value in zip(names, values, strict=True)}
         self._report |= self._failures
 
     def _calculate_rewards(
@@ -217,9 +226,36 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
         if reason is not None:
             raise TrainingStopped(reason)
 
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        if self._probe is not None and self._sampled_by_this_policy:
+            self._probe.before_loss(inputs)
+        return super()._compute_loss(model, inputs)
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, *args: Any, **rest: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        result = super()._get_per_token_logps_and_entropies(model, *args, **rest)
+        if self._probe is not None:
+            self._probe.after_forward(result[0])
+        return result
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._sampled_by_this_policy = False
+            if self._probe is not None and (gradients := self._probe.take()):
+                reduced = [self.accelerator.reduce(one, reduction="mean") for one in gradients]
+                self.balance.observe_gram(gram_matrix(reduced))
+        return loss
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= self._report | self.compaction_metrics | self.totals.metrics(self.accelerator.num_processes)
+            logs |= (
+                self._report
+                | self.balance.metrics()
+                | self.compaction_metrics
+                | self.totals.metrics(self.accelerator.num_processes)
+            )
             step_seconds = time.perf_counter() - self.step_started
             logs |= {f"time/{part}": seconds for part, seconds in self._times.items()}
             logs["time/train"] = step_seconds - sum(self._times.values())
@@ -234,6 +270,7 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
             return {}
         evaluation = self.evaluator.run()
         self.last_evaluation = (self.state.global_step, evaluation)
+        self.balance.observe_evaluation(evaluation.metrics)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in evaluation.metrics.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -248,13 +285,13 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
         """What a checkpoint needs besides TRL's part."""
         return {
             "totals": self.totals.metrics(self.accelerator.num_processes),
-            "weighting": self.weighting.state_dict(),
+            **self.balance.state_dict(),
         }
 
     def load_rlbal_state(self, state: dict[str, Any]) -> None:
         """Go on from `rlbal_state`."""
         self.totals.load(state["totals"])
-        self.weighting.load_state_dict(state["weighting"])
+        self.balance.load_state_dict(state)
 
     def save_now(self) -> None:
         """Write a checkpoint of the last complete optimizer step, outside the training loop."""

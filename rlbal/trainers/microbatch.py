@@ -45,6 +45,7 @@ PER_TOKEN_KEYS = (
     "importance_sampling_ratio",
     "advantages",
 )
+REWARD_ADVANTAGES = "reward_advantages"  # (B, K): what the advantages would be for each reward alone
 
 # What a forward and a backward pass cost apart from their tokens, in tokens: 70 to 140 with one CPU thread, more where
 # dispatch weighs more. Step times are the same from 128 to 1,024.
@@ -107,7 +108,7 @@ def compact(
         gradients are synchronised, has at least one. None if the batch holds what cannot be cut, such as images.
     """
     present = {key for key, value in micro_batches[0].items() if value is not None}
-    if not present <= {*PROMPT_KEYS, *PER_TOKEN_KEYS, "num_items_in_batch"}:
+    if not present <= {*PROMPT_KEYS, *PER_TOKEN_KEYS, REWARD_ADVANTAGES, "num_items_in_batch"}:
         return None
     lengths_SB3 = torch.stack([_lengths(one, how) for one in micro_batches])
     lengths_WSB3 = gather(lengths_SB3).view(-1, *lengths_SB3.shape).cpu().numpy()
@@ -213,11 +214,12 @@ def _cut(
     for part, index in zip(parts, index_of_part, strict=True):
         used += len(index)
         if (fillers := min(used - len(order), len(index))) > 0:
-            for key in {*PER_TOKEN_KEYS} & {*part} - {"completion_ids"}:
+            for key in {*PER_TOKEN_KEYS, REWARD_ADVANTAGES} & {*part} - {"completion_ids"}:
                 part[key][-fillers:] = 0
         factor_B = _normaliser(part, how.loss_type) / old_R[index]
-        advantages = part["advantages"]
-        part["advantages"] = advantages * (factor_B if advantages.dim() == 1 else factor_B[:, None]).to(advantages)
+        for key in {"advantages", REWARD_ADVANTAGES} & {*part}:
+            values = part[key]
+            part[key] = values * (factor_B if values.dim() == 1 else factor_B[:, None]).to(values)
     return parts
 
 
@@ -226,7 +228,8 @@ def _narrow(key: str, whole: torch.Tensor, longest_P: int, longest_T: int) -> to
     if key in PROMPT_KEYS:
         return whole[:, -longest_P:]
     # A ratio per sequence has one column, and an advantage per row none.
-    return whole[:, :longest_T] if whole.dim() == 2 and whole.size(1) > 1 else whole
+    per_token = key != REWARD_ADVANTAGES and whole.dim() == 2 and whole.size(1) > 1
+    return whole[:, :longest_T] if per_token else whole
 
 
 def _normaliser(micro_batch: MicroBatch, loss_type: str) -> torch.Tensor:

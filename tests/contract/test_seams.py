@@ -41,6 +41,7 @@ SEAMS = {
         "mm_token_type_ids",
         "image_position_ids",
     ],
+    "_compute_loss": ["self", "model", "inputs"],
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     "log": ["self", "logs", "start_time"],
     "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],

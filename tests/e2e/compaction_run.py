@@ -24,6 +24,11 @@ from tests.support import REWARDS_FILE, make_model, make_recipe, make_trainer, m
 
 LOSSES = ("grpo", "bnpo", "dapo")  # two that gather a number per row, and one that does not
 ROWS = 16  # per micro-batch, over all processes
+# Ways of weighting that act on the engine: one watches its backward passes, the other changes its learning rate.
+WEIGHTING = {
+    "gradient": {"method": "gradient", "step_size": 1.0},
+    "hypervolume": {"method": "hypervolume", "objectives": {"even": "max", "short": "max"}},
+}
 
 
 class Watched(BalancedGRPOTrainer):
@@ -80,6 +85,11 @@ def run(folder: Path, world: int, sampled: bool = False, **changes: Any) -> dict
         "completions": trainer.completions,
         "losses": [entry["loss"] for entry in logs],
         "compaction": [entry.get("compaction/tokens") for entry in logs],
+        "learned": [
+            {key: value for key, value in entry.items() if key.startswith(("weight/", "influence/", "hypervolume/"))}
+            for entry in logs
+        ],
+        "tables": trainer.balance.tables(),
         "moved": (whole_parameters(model) - start).tolist(),
         "notes": trainer.notes,
     }
@@ -104,6 +114,14 @@ def runs_of(engine: str, folder: Path, world: int) -> dict[str, Any]:
             for compact in (True, False):
                 changes = {"trainer__loss_type": loss, "speed__compact_micro_batches": compact}
                 results[f"{loss} {'compact' if compact else 'whole'}"] = run(folder, world, **changes)
+    functions = {
+        "even": {"function": f"{REWARDS_FILE}:even_share", "range": [0, 1]},
+        "short": {"function": f"{REWARDS_FILE}:short", "weight": 0.5, "range": [0, 1]},
+        "concise": {"function": "reward_fns.length:conciseness", "weight": 0.3, "range": [0, 1]},
+    }
+    for method, weighting in WEIGHTING.items():
+        changes = {"trainer__loss_type": "dapo", "rewards__functions": functions, "weighting": weighting}
+        results[method] = run(folder, world, **changes)
     if engine in ("alone", "ddp", "zero3"):
         results["sampled"] = run(folder, world, sampled=True)
     if engine == "zero3":

@@ -16,6 +16,14 @@ from rlbal.rewards.suite import RewardSuite
 from tests.support import make_recipe, make_trainer, parameters
 
 
+# Loss -> how rewards are weighted in its run.
+WEIGHTING = {
+    "dapo": {"method": "gradient", "step_size": 1.0},
+    "cispo": {"method": "hypervolume", "objectives": {"even": "max", "tokens": "min"}},
+    "vespo": {"method": "fixed"},
+}
+
+
 def main(folder: str, loss: str, rows: int) -> None:
     """Train a few steps of SGD on scripted rollouts with `rows` rows per process."""
     functions = {
@@ -28,6 +36,7 @@ def main(folder: str, loss: str, rows: int) -> None:
         Path(folder) / "run",
         rewards__functions=functions,
         trainer__loss_type=loss,
+        weighting=WEIGHTING[loss],
         trainer__per_device_train_batch_size=rows,
         launch={"num_processes": world},
     )

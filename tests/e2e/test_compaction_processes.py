@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests/e2e/compaction_run.py"
@@ -127,3 +128,27 @@ def test_two_processes_sample_what_one_samples(engine: str, run: str, seen: dict
     longest = [[max(map(len, batch)) for batch in process[run]["completions"]] for process in seen[engine]]
     assert longest[0] != longest[1] and max(map(max, longest)) < 40, "the processes should end at different steps"
     assert max(map(abs, alone["sampled"]["moved"])) > 1e-3, "the second batch is from a policy that has moved"
+
+
+@pytest.mark.parametrize("method", ["gradient", "hypervolume"])
+@pytest.mark.parametrize("engine", USABLE)
+def test_weights_learn_the_same_on_every_engine(engine: str, method: str, seen: dict[str, Any]) -> None:
+    """The rewards' gradients are summed over processes, and the factor reaches the engine's optimizer."""
+    (alone,), both = seen["alone"], seen[engine]
+    expected = alone[method]
+    for process in both:
+        assert_engine(engine, process[method])
+        assert process[method]["learned"] == both[0][method]["learned"]
+        assert len(process[method]["learned"]) == len(expected["learned"]) == 2
+        for mine, theirs in zip(process[method]["learned"], expected["learned"], strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-4)
+        way = max(map(abs, expected["moved"]))
+        apart = max(abs(a - b) for a, b in zip(process[method]["moved"], expected["moved"], strict=True))
+        assert way > 1e-3 and apart < 1e-4 * way
+    first, second = (step["weight/even"] for step in expected["learned"])
+    if method == "gradient":
+        assert first != second
+        gram, same = (torch.tensor(one["tables"]["gradient/gram"]) for one in (both[0][method], expected))
+        torch.testing.assert_close(gram, same, rtol=1e-4, atol=1e-4 * same.abs().max().item())
+    else:
+        assert [step["hypervolume/factor"] == 1.0 for step in expected["learned"]] == [True, False]

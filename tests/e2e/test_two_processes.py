@@ -60,6 +60,9 @@ def test_two_processes_equal_one(loss: str, tmp_path: Path) -> None:
     assert difference < 1e-5 * max(largest, 1.0)
 
     assert len(one["metrics"]) == len(two[0]["metrics"]) == 3
+    learned = {"dapo": "weight/even", "cispo": "hypervolume/factor"}.get(loss)
+    if learned:
+        assert len({step[learned] for step in one["metrics"]}) > 1
     for mine, theirs in zip(two[0]["metrics"], one["metrics"], strict=True):
         assert set(mine) == set(theirs)
         different = {

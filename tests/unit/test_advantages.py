@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from rlbal.balance import advantages
-from rlbal.balance.advantages import AdvantageRule, compute_advantages
+from rlbal.balance.advantages import AdvantageRule, compute_advantages, reward_advantages
+from rlbal.balance.normalization import BetaNormalizer, to_unit_interval
 
 NAN = math.nan
 EPS = 1e-4
@@ -15,13 +15,30 @@ ORDERS = ["sum_then_normalize", "normalize_then_sum"]
 BETA = AdvantageRule(scale="beta", order="normalize_then_sum")
 
 
-def compute(rewards, groups, weights, rule, ranges=None):
+def compute(rewards, groups, weights, rule, ranges=None, beta=None):
+    """Advantages as a list; a Beta normalizer that is not given observes the batch (moments, cap 10)."""
+    rewards_NK, group_N = torch.tensor(rewards), torch.tensor(groups)
     ranges_K2 = None if ranges is None else torch.tensor(ranges, dtype=torch.float64)
-    advantages_N, metrics = compute_advantages(
-        torch.tensor(rewards), torch.tensor(groups), torch.tensor(weights), rule, ranges_K2
+    if rule.scale == "beta" and beta is None:
+        beta = normalizer(rewards_NK.shape[1])
+        beta.observe(rewards_NK if ranges is None else to_unit_interval(rewards_NK, ranges_K2), group_N)
+    advantages_N = compute_advantages(rewards_NK, group_N, torch.tensor(weights), rule, ranges_K2, beta)
+    assert advantages_N.dtype == torch.float32 and advantages_N.shape == group_N.shape
+    return advantages_N.tolist()
+
+
+def normalizer(num_rewards):
+    return BetaNormalizer([f"reward{k}" for k in range(num_rewards)], "moments", smoothing=0.0, cap=10.0)
+
+
+def with_variance(variance):
+    """A normalizer of one reward with m = 1/2 and this v."""
+    beta = normalizer(1)
+    seen = {"mean": 0.5, "variance": variance}
+    beta.load_state_dict(
+        {"rewards": ["reward0"]} | {name: {"total": [value], "weight": [1.0]} for name, value in seen.items()}
     )
-    assert advantages_N.dtype == torch.float32
-    return advantages_N.tolist(), metrics
+    return beta
 
 
 # By hand: two ragged groups, mixed; three rewards missing in part, and row 5 without any.
@@ -63,7 +80,7 @@ def test_sum_then_normalize_by_hand(baseline, scale):
         (first + 2 * second) / (1 if std is None else std[group] + EPS)
         for (first, second), group in zip(CENTRED[baseline], GROUPS, strict=True)
     ]
-    assert compute(REWARDS, GROUPS, WEIGHTS, rule)[0] == pytest.approx(expected, rel=1e-6)
+    assert compute(REWARDS, GROUPS, WEIGHTS, rule) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("baseline", BASELINES)
@@ -75,14 +92,14 @@ def test_normalize_then_sum_by_hand(baseline, scale):
         first / (1 if std is None else std[group][0] + EPS) + 2 * second / (1 if std is None else std[group][1] + EPS)
         for (first, second), group in zip(CENTRED[baseline], GROUPS, strict=True)
     ]
-    assert compute(REWARDS, GROUPS, WEIGHTS, rule)[0] == pytest.approx(expected, rel=1e-6)
+    assert compute(REWARDS, GROUPS, WEIGHTS, rule) == pytest.approx(expected, rel=1e-6)
 
 
 def test_whitening_by_hand():
     # Group baseline, no scale: 0.5, 2, 0.5, -1, -2 have mean 0 and squares 9.5, over 4; row 5 stays out and stays 0.
     expected = [value / (math.sqrt(2.375) + EPS) for value in (0.5, 2, 0.5, -1, -2, 0)]
     rule = AdvantageRule("group", "none", whiten=True)
-    assert compute(REWARDS, GROUPS, WEIGHTS, rule)[0] == pytest.approx(expected, rel=1e-6)
+    assert compute(REWARDS, GROUPS, WEIGHTS, rule) == pytest.approx(expected, rel=1e-6)
 
 
 def test_beta_by_hand():
@@ -100,9 +117,25 @@ def test_beta_by_hand():
     high, low = 0.75 / density(0.25), -0.25 / density(0.25)
     expected = [0.5 / density(0.5), high, -0.5 / density(0.5), low, low, 0, 0, low]
     rewards = [[1.0], [1.0], [-1.0], [-1.0], [-1.0], [1.0], [1.0], [-1.0]]
-    values, metrics = compute(rewards, [0, 1, 0, 1, 1, 2, 2, 1], [1.0], BETA, [[-1, 1]])
+    values = compute(rewards, [0, 1, 0, 1, 1, 2, 2, 1], [2.0], BETA, [[-1, 1]])
+    assert values == pytest.approx([2 * value for value in expected], rel=1e-6)
+
+
+def test_beta_weights_rewards_after_normalizing_each():
+    # Both rewards in [0, 1]. The first has p = 1/2 and 1/4, so alpha = 2.75, beta = 1 + 8.75 / 3 (test_normalization).
+    # The second, missing in one row, has p = 1/2 twice: v = 0, f = 1.
+    alpha, beta = 2.75, 1 + 8.75 / 3
+
+    def density(p):
+        normaliser = math.gamma(alpha) * math.gamma(beta) / math.gamma(alpha + beta)
+        return p ** (alpha - 1) * (1 - p) ** (beta - 1) / normaliser
+
+    rewards = [[1.0, 1.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.0, NAN], [0.0, 0.5]]
+    first = [0.5 / density(0.5), -0.5 / density(0.5), 0.75 / density(0.25), *[-0.25 / density(0.25)] * 3]
+    second = [0.5, -0.5, 0.5, -0.5, 0, 0]
+    values = compute(rewards, [0, 0, 1, 1, 1, 1], [2.0, -3.0], BETA, [[0, 1], [0, 1]])
+    expected = [2 * own - 3 * other for own, other in zip(first, second, strict=True)]
     assert values == pytest.approx(expected, rel=1e-6)
-    assert metrics == {"alpha": [pytest.approx(alpha)], "beta": [pytest.approx(beta)]}
 
 
 # Where we differ from TRL on purpose
@@ -116,7 +149,7 @@ def test_a_partly_missing_reward_counts_in_none_of_its_statistics():
     assert sums[0] - sum(sums) / 4 == pytest.approx(-0.2)
     # Ours: the first reward has mean 0.3 and the second does not speak about row 0: 0.4 - 0.3 = +0.1.
     # The others: 0 + 0, 0 + 0 and -0.1 + 0, since each of them has the mean 0.4 of the second reward.
-    values, _ = compute(rewards, [0] * 4, [1.0, 1.0], AdvantageRule(scale="none"))
+    values = compute(rewards, [0] * 4, [1.0, 1.0], AdvantageRule(scale="none"))
     assert values == pytest.approx([0.1, 0.0, 0.0, -0.1], abs=1e-7)
 
 
@@ -128,7 +161,7 @@ def test_a_partly_missing_reward_counts_in_none_of_its_statistics():
 @pytest.mark.parametrize("baseline", ["group", "leave_one_out"])
 def test_a_group_of_equal_rewards_teaches_nothing(baseline, scale, order):
     rewards = [[0.1], [0.1], [0.1], [0.7], [0.2], [0.4]]
-    values, _ = compute(rewards, [0, 0, 0, 1, 1, 2], [0.3], AdvantageRule(baseline, scale, order))
+    values = compute(rewards, [0, 0, 0, 1, 1, 2], [0.3], AdvantageRule(baseline, scale, order))
     assert values[:3] == [0, 0, 0] and values[5] == 0
     assert values[3] > 0 > values[4]
 
@@ -137,14 +170,14 @@ def test_a_group_of_equal_rewards_teaches_nothing(baseline, scale, order):
 @pytest.mark.parametrize(("baseline", "scale"), [("none", "group_std"), ("none", "batch_std"), ("batch", "group_std")])
 def test_a_std_of_0_gives_0_also_where_the_mean_is_not_subtracted(baseline, scale, order):
     rewards, groups = [[0.1], [0.1], [0.1], [0.1]], [0, 0, 1, 1]
-    assert compute(rewards, groups, [0.3], AdvantageRule(baseline, scale, order))[0] == [0, 0, 0, 0]
+    assert compute(rewards, groups, [0.3], AdvantageRule(baseline, scale, order)) == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("whiten", [False, True])
 @pytest.mark.parametrize(("scale", "order"), [("group_std", ORDERS[0]), ("batch_std", ORDERS[1]), ("beta", ORDERS[1])])
 def test_a_batch_without_any_reward_is_all_zero(scale, order, whiten):
     rule = AdvantageRule("group", scale, order, whiten)
-    assert compute([[NAN, NAN]] * 3, [0, 0, 1], [1.0, 1.0], rule, [[0, 1], [0, 1]])[0] == [0, 0, 0]
+    assert compute([[NAN, NAN]] * 3, [0, 0, 1], [1.0, 1.0], rule, [[0, 1], [0, 1]]) == [0, 0, 0]
 
 
 def binary_batch():
@@ -154,11 +187,10 @@ def binary_batch():
     return rewards, [number for number, group in enumerate(outcomes) for _ in group]
 
 
-def test_beta_one_one_is_reinforce_with_the_group_baseline(monkeypatch):
+def test_beta_one_one_is_reinforce_with_the_group_baseline():
     rewards, groups = binary_batch()
-    monkeypatch.setattr(advantages, "beta_parameters", lambda p_P: (1.0, 1.0))
-    values, _ = compute(rewards, groups, [2.0], BETA, [[0, 1]])
-    plain, _ = compute(rewards, groups, [2.0], AdvantageRule("group", "none"))
+    values = compute(rewards, groups, [2.0], BETA, [[0, 1]], with_variance(1 / 4))  # v = m (1 - m): a = b = 0
+    plain = compute(rewards, groups, [2.0], AdvantageRule("group", "none"))
     assert values == pytest.approx(plain, abs=1e-6)
     assert any(value != 0 for value in plain)
 
@@ -166,16 +198,15 @@ def test_beta_one_one_is_reinforce_with_the_group_baseline(monkeypatch):
 def test_beta_without_variance_over_prompts_is_reinforce_with_the_group_baseline():
     # Both prompts have p = 1/3, from 3 and from 6 rows.
     rewards, groups = [[1.0], [0.0], [0.0]] * 3, [0, 0, 0, 1, 1, 1, 1, 1, 1]
-    values, metrics = compute(rewards, groups, [1.0], BETA, [[0, 1]])
+    values = compute(rewards, groups, [1.0], BETA, [[0, 1]])
     assert values == pytest.approx([2 / 3, -1 / 3, -1 / 3] * 3)
-    assert metrics == {"alpha": [1.0], "beta": [1.0]}
 
 
-def test_beta_three_halves_is_grpo_up_to_a_constant(monkeypatch):
+def test_beta_three_halves_is_grpo_up_to_a_constant():
     """Beta(3/2, 3/2) has the density sqrt(p (1 - p)) / (pi / 8), and sqrt(p (1 - p)) is the group's std (ddof 0)."""
     rewards, groups = binary_batch()
-    monkeypatch.setattr(advantages, "beta_parameters", lambda p_P: (1.5, 1.5))
-    values, _ = compute(rewards, groups, [1.0], BETA, [[0, 1]])
+    # m (1 - m) / v - 1 = 3: a = b = 3/2, alpha = beta = 3/2.
+    values = compute(rewards, groups, [1.0], BETA, [[0, 1]], with_variance(1 / 16))
     checked = 0
     for value, (reward,), group in zip(values, rewards, groups, strict=True):
         mates = [other for (other,), its in zip(rewards, groups, strict=True) if its == group]
@@ -190,7 +221,7 @@ def test_beta_three_halves_is_grpo_up_to_a_constant(monkeypatch):
 
 def test_beta_gives_nothing_where_a_prompt_always_or_never_succeeds():
     rewards, groups = [[1.0], [1.0], [0.0], [0.0], [1.0], [0.0], [0.0]], [0, 0, 1, 1, 2, 2, 2]
-    values, _ = compute(rewards, groups, [1.0], BETA, [[0, 1]])
+    values = compute(rewards, groups, [1.0], BETA, [[0, 1]])
     assert values[:4] == [0, 0, 0, 0]
     assert all(math.isfinite(value) and value != 0 for value in values[4:])
 
@@ -201,11 +232,51 @@ def test_beta_without_ranges_or_in_the_other_order_is_refused(rule, ranges):
         compute([[1.0], [0.0]], [0, 0], [1.0], rule, ranges)
 
 
-def test_beta_stays_finite_where_the_density_vanishes() -> None:
-    """40 prompts at one half and one near 0: the density there is below 1e-12, so the floor of 1e-4 divides."""
-    rewards_N1 = torch.tensor([[0.49], [0.51]] * 40 + [[0.0], [0.0002]], dtype=torch.float64)
-    group_N = torch.arange(41).repeat_interleave(2)
-    rule = AdvantageRule(scale="beta", order="normalize_then_sum")
-    advantages_N, _ = compute_advantages(rewards_N1, group_N, torch.ones(1), rule, torch.tensor([[0.0, 1.0]]))
-    # r - p_g = -0.0001 and 0.0001
-    assert advantages_N[-2:].tolist() == pytest.approx([-1.0, 1.0], rel=1e-4)
+def test_beta_without_a_normalizer_that_has_seen_a_batch_is_refused():
+    for beta in (None, normalizer(1)):
+        with pytest.raises(ValueError, match="scale `beta` needs a normalizer that has observed a batch"):
+            reward_advantages(torch.tensor([[1.0]]), torch.tensor([0]), BETA, torch.tensor([[0.0, 1.0]]), beta)
+
+
+def test_beta_is_cut_off_where_the_density_vanishes():
+    """40 prompts at one half and one near 0, where the density is below 1e-12: the cap of 10, times the weight."""
+    rewards, groups = [[0.49], [0.51]] * 40 + [[0.0], [0.0002]], [row // 2 for row in range(82)]
+    values = compute(rewards, groups, [0.5], BETA, [[0, 1]])
+    assert values[-2:] == [-5.0, 5.0]
+    assert all(0 < abs(value) < 0.05 for value in values[:-2])
+
+
+def test_beta_gives_a_prompt_of_equal_rewards_nothing_however_its_mean_is_rounded():
+    """The mean of three 0.1 is 0.10000000000000002: over a density of 1e-30 the difference would reach the cap."""
+    rewards, groups = [[0.49], [0.51]] * 100 + [[0.1]] * 3, [*[row // 2 for row in range(200)], 100, 100, 100]
+    assert sum([0.1] * 3) / 3 != 0.1
+    rewards_N1, group_N = torch.tensor(rewards, dtype=torch.float64), torch.tensor(groups)
+    beta = with_variance(1e-5)
+    values_N = compute_advantages(rewards_N1, group_N, torch.ones(1), BETA, torch.tensor([[0.0, 1.0]]), beta)
+    assert values_N[-3:].tolist() == [0, 0, 0]
+
+
+# Each reward's own advantages
+
+
+@pytest.mark.parametrize("scale", ["none", "group_std", "batch_std", "beta"])
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_a_reward_that_never_varies_has_no_advantages_of_its_own(baseline, scale):
+    rewards_NK = torch.tensor([[1.0, 0.7], [0.0, 0.7], [0.0, NAN], [1.0, 0.7], [0.0, 0.7]])
+    group_N, ranges_K2 = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    beta = normalizer(2)
+    beta.observe(to_unit_interval(rewards_NK, ranges_K2), group_N)
+    rule = AdvantageRule(baseline, scale, "normalize_then_sum")
+    values_NK = reward_advantages(rewards_NK, group_N, rule, ranges_K2, beta)
+    assert values_NK.dtype == torch.float32
+    assert values_NK[:, 1].tolist() == [0, 0, 0, 0, 0]
+    assert values_NK[0, 0] > values_NK[1, 0]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_reward_that_never_varies_moves_no_advantage(order):
+    varying, groups = [1.0, 0.0, 0.5, 1.0, 0.0], [0, 0, 0, 1, 1]
+    for baseline, scale in [("group", "group_std"), ("leave_one_out", "none"), ("batch", "batch_std")]:
+        rule = AdvantageRule(baseline, scale, order)
+        alone = compute([[value] for value in varying], groups, [0.5], rule)
+        assert compute([[value, 0.1] for value in varying], groups, [0.5, 0.3], rule) == alone

@@ -1,4 +1,7 @@
-"""Advantages of random ragged batches, against the definitions written as plain loops."""
+"""Advantages of random ragged batches, against the definitions written as plain loops.
+
+`test_beta_reference` does the same for `scale: beta`.
+"""
 
 import itertools
 import math
@@ -7,20 +10,18 @@ import random
 import pytest
 import torch
 
-from rlbal.balance.advantages import AdvantageRule, compute_advantages
+from rlbal.balance.advantages import AdvantageRule, compute_advantages, reward_advantages
+from rlbal.balance.normalization import BetaNormalizer, to_unit_interval
 
 EPS = 1e-4
 
 
-def reference(rewards, groups, weights, rule, ranges):
+def reference(rewards, groups, weights, rule):
     """The definitions, one row and one reward at a time."""
     rows, kinds = range(len(rewards)), range(len(weights))
 
-    def unit(k, value):
-        return (value - ranges[k][0]) / (ranges[k][1] - ranges[k][0]) if rule.scale == "beta" else value
-
     def values(k, members):
-        return [unit(k, rewards[i][k]) for i in members if not math.isnan(rewards[i][k])]
+        return [rewards[i][k] for i in members if not math.isnan(rewards[i][k])]
 
     def mean(numbers):
         return sum(numbers) / len(numbers)
@@ -40,7 +41,7 @@ def reference(rewards, groups, weights, rule, ranges):
     def centred(i, k, baseline):
         if math.isnan(rewards[i][k]):
             return 0.0
-        value = unit(k, rewards[i][k])
+        value = rewards[i][k]
         if baseline == "group":
             return value - mean(values(k, mates(i)))
         if baseline == "leave_one_out":
@@ -52,20 +53,6 @@ def reference(rewards, groups, weights, rule, ranges):
 
     def total(i, baseline):
         return sum(weights[k] * centred(i, k, baseline) for k in kinds)
-
-    def density(i, k):
-        p_P = [
-            mean(present)
-            for group in sorted(set(groups))
-            if (present := values(k, [j for j in rows if groups[j] == group]))
-        ]
-        m = mean(p_P)
-        v = sum((p - m) ** 2 for p in p_P) / len(p_P)
-        size = m * (1 - m) / v - 1 if v > 1e-12 else 0.0
-        a, b = max(1, 1 + size * m / 3), max(1, 1 + size * (1 - m) / 3)
-        p = mean(values(k, mates(i)))
-        log_normaliser = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
-        return math.exp((a - 1) * math.log(p) + (b - 1) * math.log(1 - p) - log_normaliser) if 0 < p < 1 else 1.0
 
     scored = [i for i in rows if not all(math.isnan(rewards[i][k]) for k in kinds)]
     result = {}
@@ -85,7 +72,6 @@ def reference(rewards, groups, weights, rule, ranges):
                     "none": lambda: 1.0,
                     "group_std": lambda i=i, k=k: spread(values(k, mates(i))),
                     "batch_std": lambda k=k: spread(values(k, rows)),
-                    "beta": lambda i=i, k=k: density(i, k),
                 }[rule.scale]()
                 result[i] += weights[k] * centred(i, k, rule.baseline) / divisor
     if rule.whiten and scored:
@@ -97,12 +83,8 @@ def reference(rewards, groups, weights, rule, ranges):
 BASELINES = ["group", "leave_one_out", "batch", "none"]
 SCALES = ["none", "group_std", "batch_std"]
 ORDERS = ["sum_then_normalize", "normalize_then_sum"]
+RULES = [AdvantageRule(*choice) for choice in itertools.product(BASELINES, SCALES, ORDERS, [False, True])]
 BETA = AdvantageRule(scale="beta", order="normalize_then_sum")
-RULES = [
-    *(AdvantageRule(*choice) for choice in itertools.product(BASELINES, SCALES, ORDERS, [False, True])),
-    BETA,
-    AdvantageRule(scale="beta", order="normalize_then_sum", whiten=True),
-]
 
 
 def random_batch(dice):
@@ -125,14 +107,35 @@ def random_batch(dice):
 def test_random_ragged_batches_agree_with_plain_loops(seed):
     dice = random.Random(seed)
     rewards, groups, weights = random_batch(dice)
-    ranges = [[-0.5, 1.5]] * len(weights)
-    for rule in [*dice.sample(RULES, 5), BETA]:
-        advantages_N, _ = compute_advantages(
-            torch.tensor(rewards),
-            torch.tensor(groups),
-            torch.tensor(weights, dtype=torch.float64),
-            rule,
-            torch.tensor(ranges),
-        )
-        expected = reference(rewards, groups, weights, rule, ranges)
+    weights_K = torch.tensor(weights, dtype=torch.float64)
+    for rule in dice.sample(RULES, 6):
+        advantages_N = compute_advantages(torch.tensor(rewards), torch.tensor(groups), weights_K, rule)
+        expected = reference(rewards, groups, weights, rule)
         assert advantages_N.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6), rule
+
+
+def never_varies(column):
+    return len({value for value in column.tolist() if not math.isnan(value)}) <= 1
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_each_rewards_own_advantages(seed):
+    dice = random.Random(seed)
+    rewards, groups, weights = random_batch(dice)
+    rewards_NK, group_N, ranges_K2 = torch.tensor(rewards), torch.tensor(groups), torch.tensor([[0.0, 1.0]])
+    beta = BetaNormalizer([str(k) for k in range(len(weights))], dice.choice(["moments", "beta_binomial"]), 0.5, 10.0)
+    ranges_K2 = ranges_K2.expand(len(weights), 2)
+    beta.observe(to_unit_interval(rewards_NK, ranges_K2), group_N)
+    weights_K = torch.tensor(weights, dtype=torch.float64)
+    for rule in [*dice.sample(RULES, 6), BETA]:
+        plain = AdvantageRule(rule.baseline, rule.scale, rule.order)
+        each_NK = reward_advantages(rewards_NK, group_N, rule, ranges_K2, beta)
+        for k, only_K in enumerate(torch.eye(len(weights))):
+            alone_NK = torch.where(only_K > 0, rewards_NK, math.nan)
+            expected_N = compute_advantages(alone_NK, group_N, torch.ones(len(weights)), plain, ranges_K2, beta)
+            if never_varies(rewards_NK[:, k]):
+                expected_N = torch.zeros(len(groups))
+            torch.testing.assert_close(each_NK[:, k], expected_N, rtol=1e-5, atol=1e-6)
+        if rule.order == "normalize_then_sum" and rule.baseline != "none":
+            advantages_N = compute_advantages(rewards_NK, group_N, weights_K, plain, ranges_K2, beta)
+            torch.testing.assert_close((each_NK.double() @ weights_K).float(), advantages_N, rtol=1e-5, atol=1e-6)

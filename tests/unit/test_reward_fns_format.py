@@ -53,6 +53,6 @@ def test_long_hostile_text_is_scored() -> None:
 
 
 def test_no_reward_function_imports_torch() -> None:
-    modules = ["accuracy", "format", "length", "reasoning_gym"]
+    modules = ["accuracy", "clarity", "format", "length", "reasoning_gym"]
     code = f"import sys, {', '.join(f'reward_fns.{name}' for name in modules)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from reward_fns.length import band, conciseness, triangular
+from reward_fns.length import absolute_conciseness, band, conciseness, triangular
 from rlbal.errors import RewardError
 
 # Lengths 0, L/2, L, 1.5 L, 2 L, 3 L for L = 10.
@@ -26,7 +26,7 @@ def test_the_column_wins_over_the_argument() -> None:
     assert scores == pytest.approx([0.5, 0.4])
 
 
-@pytest.mark.parametrize("function", [triangular, band])
+@pytest.mark.parametrize("function", [triangular, band, absolute_conciseness])
 def test_a_target_is_needed(function: Any) -> None:
     with pytest.raises(RewardError, match="target_tokens"):
         function(["a"], [[1]])
@@ -50,3 +50,19 @@ def test_conciseness_uses_the_mean_over_all_processes() -> None:
     second = conciseness([""] * 2, ids[2:], mean_completion_length=[8.0] * 2)
     assert first + second == pytest.approx(whole)
     assert conciseness([""] * 2, ids[:2]) != pytest.approx(whole[:2])
+
+
+def test_absolute_conciseness_by_hand() -> None:
+    # 1/(1 + 0), 1/1.5, 1/2, 1/2.5, 1/3, 1/4
+    assert absolute_conciseness(TEXTS, IDS, target_tokens=10) == pytest.approx([1, 2 / 3, 0.5, 0.4, 1 / 3, 0.25])
+    # The column wins: L = 20 for the first row, 5 for the second.
+    assert absolute_conciseness(["", ""], [[1] * 10, [1] * 10], 10, token_budget=[20, 5]) == pytest.approx(
+        [2 / 3, 1 / 3]
+    )
+
+
+def test_only_absolute_conciseness_sees_that_all_completions_got_shorter() -> None:
+    before, after = [[1] * 20, [1] * 40], [[1] * 10, [1] * 20]
+    assert conciseness(["", ""], before) == pytest.approx(conciseness(["", ""], after))
+    first, second = (absolute_conciseness(["", ""], ids, target_tokens=20) for ids in (before, after))
+    assert all(late > early for early, late in zip(first, second, strict=True))

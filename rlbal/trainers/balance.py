@@ -1,0 +1,141 @@
+"""How the rewards of a batch become its advantages, and what is learned from doing so: the recipe's `weighting` and
+`advantage` sections at work.
+
+    scores -> hypervolume factor      prompts' means -> Beta density      weights of this step      -> advantages
+    (all of it pure, in rlbal.balance; here it is put together and its state kept)
+"""
+
+from typing import Any
+
+import torch
+
+from rlbal.balance.advantages import AdvantageRule, compute_advantages, reward_advantages
+from rlbal.balance.gradients import GradientWeighting
+from rlbal.balance.hypervolume import HypervolumeWeighting
+from rlbal.balance.normalization import BetaNormalizer, to_unit_interval
+from rlbal.balance.weighting import FixedWeighting, ScheduledWeighting, Weighting
+from rlbal.balance_sections import TOKENS, GradientWeights, HypervolumeWeights, ScheduledWeights
+from rlbal.batch import RolloutBatch
+from rlbal.recipe import Recipe
+
+
+class RewardBalance:
+    """Weights, normalization and advantages of one run.
+
+    Args:
+        recipe: the run's recipe.
+        max_length: longest completion in tokens, the range of the objective `tokens`.
+    """
+
+    def __init__(self, recipe: Recipe, max_length: int) -> None:
+        functions, advantage = recipe.rewards.functions, recipe.advantage
+        self.names, self.section = list(functions), recipe.weighting
+        self.rule = AdvantageRule(**advantage.model_dump(exclude={"beta"}))
+        ranges = [spec.range for spec in functions.values()]
+        self.ranges_K2 = torch.tensor(ranges).double() if all(ranges) else None
+        self.weighting = make_weighting(recipe, max_length)
+        self.weights_K = self.weighting.weights(0.0)
+        self.batches = 0
+        self.beta: BetaNormalizer | None = None
+        if advantage.beta is not None:
+            settings = advantage.beta
+            self.beta = BetaNormalizer(self.names, settings.estimator, settings.resolved_smoothing, settings.cap)
+
+    def advantages(self, batch: RolloutBatch, progress: float) -> torch.Tensor:
+        """Advantages of a generation batch with the weights of this moment, shape (N,).
+
+        Args:
+            batch: over all processes.
+            progress: share of the run that is done, 0 to 1.
+
+        Raises:
+            RewardError: an objective of hypervolume weighting has never been scored.
+        """
+        self.batches += 1
+        if isinstance(self.section, HypervolumeWeights) and self.section.source == "train":
+            self._observe_scores(_training_scores(batch, self.names))
+        if self.beta is not None:
+            assert self.ranges_K2 is not None  # the recipe has seen to it
+            self.beta.observe(to_unit_interval(batch.rewards_NK.double(), self.ranges_K2), batch.group_N)
+        self.weights_K = self.weighting.weights(progress)
+        rewards_NK = batch.rewards_NK.double() * self.factor_on("rewards")
+        advantages_N = compute_advantages(
+            rewards_NK, batch.group_N, self.weights_K, self.rule, self.ranges_K2, self.beta
+        )
+        return advantages_N * self.factor_on("advantages")
+
+    def reward_advantages(self, batch: RolloutBatch) -> torch.Tensor:
+        """What the advantages would be for each reward alone, 0 for rewards of weight 0: (N, K)."""
+        own_NK = reward_advantages(batch.rewards_NK.double(), batch.group_N, self.rule, self.ranges_K2, self.beta)
+        return own_NK * (self.weights_K > 0)
+
+    @property
+    def probe_is_due(self) -> bool:
+        """Whether the batch whose advantages were computed last is one to compare gradients on."""
+        section = self.section
+        return isinstance(section, GradientWeights) and (self.batches - 1) % section.interval == 0
+
+    def observe_gram(self, gram_KK: torch.Tensor) -> None:
+        """Inner products of the rewards' gradients over an optimizer step, shape (K, K)."""
+        assert isinstance(self.weighting, GradientWeighting)
+        self.weighting.observe(gram_KK)
+
+    def observe_evaluation(self, metrics: dict[str, float]) -> None:
+        """The metrics of an evaluation of the policy as it is (see `rlbal.evaluation.Evaluation`)."""
+        if isinstance(self.section, HypervolumeWeights) and self.section.source == "validation":
+            rewards = {name: metrics[f"reward/{name}"] for name in self.names}
+            self._observe_scores({TOKENS: metrics["length/mean"], **rewards})
+
+    def _observe_scores(self, scores: dict[str, float]) -> None:
+        assert isinstance(self.weighting, HypervolumeWeighting) and isinstance(self.section, HypervolumeWeights)
+        self.weighting.observe({name: scores[name] for name in self.section.objectives})
+
+    def factor_on(self, what: str) -> float:
+        """The factor of hypervolume weighting if `what` is what it multiplies, else 1."""
+        return self.weighting.factor if getattr(self.section, "apply", None) == what else 1.0
+
+    def metrics(self) -> dict[str, float]:
+        return self.weighting.metrics() | (self.beta.metrics() if self.beta is not None else {})
+
+    def tables(self) -> dict[str, Any]:
+        """What metrics.jsonl says beyond single numbers."""
+        return self.weighting.tables()
+
+    def state_dict(self) -> dict[str, Any]:
+        beta = self.beta.state_dict() if self.beta is not None else {}
+        return {"batches": self.batches, "weighting": self.weighting.state_dict(), "beta": beta}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.batches = state["batches"]
+        self.weighting.load_state_dict(state["weighting"])
+        if self.beta is not None:
+            self.beta.load_state_dict(state["beta"])
+
+
+def make_weighting(recipe: Recipe, max_length: int) -> Weighting:
+    """The recipe's `weighting:`."""
+    functions, section = recipe.rewards.functions, recipe.weighting
+    weights = [spec.weight for spec in functions.values()]
+    if isinstance(section, ScheduledWeights):
+        return ScheduledWeighting(weights, [section.points.get(name) for name in functions])
+    if isinstance(section, GradientWeights):
+        return GradientWeighting(
+            weights, list(functions), section.step_size, section.floor, section.cap, section.gradient_scale
+        )
+    if isinstance(section, HypervolumeWeights):
+        ranges = {name: spec.range for name, spec in functions.items()}
+        ranges = {TOKENS: (0.0, float(max_length)), **ranges}
+        return HypervolumeWeighting(
+            weights,
+            dict(section.objectives),
+            {name: found for name in section.objectives if (found := ranges[name]) is not None},
+            section.resolved_smoothing,
+        )
+    return FixedWeighting(weights)
+
+
+def _training_scores(batch: RolloutBatch, names: list[str]) -> dict[str, float]:
+    """Mean of every reward over the rows that have it (NaN if none has), and of the completions' lengths."""
+    means = batch.rewards_NK.double().nanmean(dim=0).tolist()
+    tokens = batch.completion_tokens_N.double().mean().item()
+    return {TOKENS: tokens, **dict(zip(names, means, strict=True))}
