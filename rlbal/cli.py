@@ -127,6 +127,69 @@ def evaluate(
 
 
 @app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="Sweep file (YAML): base recipe, arms, seeds.")],
+    overrides: OverridesArgument = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Do runs again that are there with another recipe.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and their state, and stop.")] = False,
+    parallel: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Runs at once; default: the file's `parallel`.")
+    ] = None,
+) -> None:
+    """Train every arm of SWEEP with every seed, then compare the arms.
+
+    SWEEP holds `output_dir`, `recipe`, `arms` (name: list of overrides) and `seeds`, and may hold `overrides` for all
+    arms, `parallel` and `gpus`. Each run goes to `<output_dir>/<arm>/seed-<n>`, its output to `seed-<n>.log` beside it.
+
+    A sweep can be started again at any time: finished runs are kept, others go on from their newest checkpoint. Ctrl-C
+    lets the runs save theirs. A run that fails does not stop the others; the exit status is then 1.
+    """
+
+    def action() -> None:
+        from rlbal.experiments.running import run_sweep
+
+        run_sweep(file, overrides or [], overwrite, dry_run, parallel)
+
+    _run(action)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUNS...", help="Run directories, folders of runs, or sweeps.")],
+    baseline: Annotated[
+        str | None, typer.Option(metavar="ARM", help="The arm to compare the others with; default: the first.")
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="M",
+            help="Metric of the last evaluation, or key of metrics.jsonl (mean of the last 10 steps); repeatable.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw the differences into a .png, .pdf or .svg file.")
+    ] = None,
+) -> None:
+    """Compare arms over matched seeds: means, paired differences with 95 % intervals, and verdicts.
+
+    Runs whose recipes are equal but for `seed` and `output_dir` form an arm. Verdicts allow for the number of
+    comparisons shown. Only finished runs count; unequal cost and anything measured differently is said.
+
+    `rlbal compare runs/my_sweep --plot differences.png`
+    """
+
+    def action() -> None:
+        from rlbal.experiments.compare_view import compare_command
+
+        compare_command(runs, baseline, metric or [], as_json, plot)
+
+    _run(action)
+
+
+@app.command()
 def recipes(
     name: Annotated[
         str | None, typer.Argument(metavar="[RECIPE]", help="Show this recipe, resolved and checked.")

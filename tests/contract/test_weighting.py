@@ -1,4 +1,4 @@
-"""What weighting does to training: each way the factor of hypervolume weighting is cancelled, and the one that works."""
+"""What weighting does to training: how the factor of hypervolume weighting is cancelled, and where it is not."""
 
 import json
 from pathlib import Path

@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from rlbal.rewards.suite import RewardSuite
 from tests.support import make_recipe, make_trainer, parameters
 
-
 # Loss -> how rewards are weighted in its run.
 WEIGHTING = {
     "dapo": {"method": "gradient", "step_size": 1.0},

@@ -36,7 +36,10 @@ def refusal(*overrides):
         ("allocation.methods=x", "`allocation`: `methods` is not a key here. Did you mean `method`?"),
         ("evaluation.pass=[1]", "`evaluation`: `pass` is not a key here. Did you mean `pass_at`?"),
         ("launch.processes=8", "`launch`: `processes` is not a key here. Did you mean `num_processes`?"),
-        ("advantage.x=1", "`advantage`: `x` is not a key here. Known here: `baseline`, `beta`, `order`, `scale`, `whiten`."),
+        (
+            "advantage.x=1",
+            "`advantage`: `x` is not a key here. Known here: `baseline`, `beta`, `order`, `scale`, `whiten`.",
+        ),
     ],
 )
 def test_an_unknown_key_names_the_nearest(override, message):
