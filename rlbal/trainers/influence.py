@@ -219,6 +219,16 @@ def make_probe(trainer: Any) -> GradientProbe | None:
     model = accelerator.unwrap_model(trainer.model)
     if section.probe == "last_projection":
         return GradientProbe(model, weigh)
+    if args.top_entropy_quantile < 1.0:
+        raise RecipeError(
+            f"`weighting.probe: {section.probe}` counts every token, and `trainer.top_entropy_quantile` trains on some",
+            fix="set `weighting.probe: last_projection`",
+        )
+    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise RecipeError(
+            f"`weighting.probe: {section.probe}` cannot go back through reentrant checkpoints",
+            fix="set `use_reentrant: false` in `trainer.gradient_checkpointing_kwargs`",
+        )
     if accelerator.num_processes > 1 and (trainer._dist.is_zero3 or trainer._dist.is_fsdp):
         raise RecipeError(
             f"`weighting.probe: {section.probe}` needs whole parameters, and this engine keeps them in pieces",

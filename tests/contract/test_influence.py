@@ -9,6 +9,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from rlbal.balance.gradients import gram_matrix
+from rlbal.errors import RecipeError
 from rlbal.recipe import Recipe
 from rlbal.rewards.suite import RewardSuite
 from rlbal.trainers.grpo import BalancedGRPOTrainer
@@ -161,6 +162,36 @@ def test_wide_probes(probe: str, wanted: str, tmp_path: Path) -> None:
     weighting = {"method": "gradient", "gradient_scale": "none", "probe": probe}
     recipe = recipe_for(tmp_path, trainer__loss_type="dapo", weighting=weighting)
     assert_same(train(recipe).found, gram_of_full_passes(recipe, lambda name: wanted in name))
+
+
+def test_wide_probes_through_checkpoints(tmp_path: Path) -> None:
+    weighting = {"method": "gradient", "gradient_scale": "none", "probe": "trainable"}
+    recipe = recipe_for(tmp_path, trainer__loss_type="dapo", weighting=weighting, trainer__gradient_checkpointing=True)
+    assert_same(train(recipe).found, gram_of_full_passes(recipe, lambda name: True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainer__top_entropy_quantile": 0.5}, "`trainer.top_entropy_quantile` trains on some"),
+        (
+            {
+                "trainer__gradient_checkpointing": True,
+                "trainer__gradient_checkpointing_kwargs": {"use_reentrant": True},
+            },
+            "cannot go back through reentrant checkpoints",
+        ),
+    ],
+)
+def test_what_wide_probes_refuse(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    weighting = {"method": "gradient", "probe": "trainable"}
+    with pytest.raises(RecipeError, match=message):
+        train(recipe_for(tmp_path, weighting=weighting, **changes))
+
+
+def test_tokens_that_training_leaves_out_count_for_nobody(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, trainer__loss_type="dapo", trainer__top_entropy_quantile=0.5)
+    assert_same(train(recipe).found, gram_of_full_passes(recipe, last_down_projection))
 
 
 def test_lora_matrices_are_what_can_be_trained(tmp_path: Path) -> None:
