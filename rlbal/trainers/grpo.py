@@ -295,5 +295,6 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
 
     def save_now(self) -> None:
         """Write a checkpoint of the last complete optimizer step, outside the training loop."""
+        self._step_factor.restore()
         self._save_checkpoint(self.model, trial=None)
         self.callback_handler.on_save(self.args, self.state, self.control)

@@ -24,10 +24,14 @@ class StepFactor(TrainerCallback):
             group["lr"] = before * factor
             self._changed.append((group, before, group["lr"]))
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def restore(self) -> None:
+        """Take the factor back, also from a step that broke off."""
         for group, before, scaled in self._changed:
             if group["lr"] == scaled:
                 group["lr"] = before
         self._changed = []
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.restore()
