@@ -2,13 +2,16 @@
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 from pydantic_core import PydanticCustomError
 
 from rlbal.balance_sections import TOKENS, GradientWeights, HypervolumeWeights, ScheduledWeights
-from rlbal.errors import nearest
+from rlbal.errors import RecipeError, nearest
 from rlbal.sections import RewardSpec
 
 if TYPE_CHECKING:
+    from trl import GRPOConfig
+
     from rlbal.recipe import Recipe
 
 
@@ -18,10 +21,45 @@ def check_weighting(recipe: "Recipe") -> None:
     if isinstance(weighting, ScheduledWeights):
         for name in weighting.points:
             _known_reward(name, "weighting.points", functions)
+        _some_weight(weighting, functions)
     if isinstance(weighting, HypervolumeWeights):
         _possible_hypervolume(weighting, recipe)
     if isinstance(weighting, GradientWeights):
         _possible_simplex(weighting, functions)
+
+
+def check_probe(recipe: "Recipe", args: "GRPOConfig") -> None:
+    """Whether TRL's loss lets the rewards' gradients be told apart.
+
+    Raises:
+        RecipeError: it does not, or not with this probe.
+    """
+    section = recipe.weighting
+    if not isinstance(section, GradientWeights):
+        return
+    if args.loss_type == "vespo" and args.use_vllm and args.vllm_importance_sampling_correction:
+        raise RecipeError(
+            "`weighting.method: gradient` does not know how `trainer.loss_type: vespo` weighs tokens that vLLM sampled",
+            fix="use another loss, or set `trainer.vllm_importance_sampling_correction: false`",
+        )
+    narrow = section.probe == "last_projection"
+    if narrow and (args.entropy_coef != 0.0 or args.use_adaptive_entropy):
+        raise RecipeError(
+            "`weighting.probe: last_projection` cannot tell the rewards' gradients from that of the entropy bonus "
+            "(`trainer.entropy_coef`)",
+            fix="leave the bonus out, or set `weighting.probe: last_blocks`",
+        )
+    if not narrow and args.top_entropy_quantile < 1.0:
+        raise RecipeError(
+            f"`weighting.probe: {section.probe}` counts every token, and `trainer.top_entropy_quantile` trains on some",
+            fix="set `weighting.probe: last_projection`",
+        )
+    checkpointing = args.gradient_checkpointing_kwargs if args.gradient_checkpointing else None
+    if not narrow and isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
+        raise RecipeError(
+            f"`weighting.probe: {section.probe}` cannot go back through reentrant checkpoints",
+            fix="set `use_reentrant: false` in `trainer.gradient_checkpointing_kwargs`",
+        )
 
 
 def check_advantage(recipe: "Recipe") -> None:
@@ -66,6 +104,18 @@ def _known_reward(name: str, key: str, functions: dict[str, RewardSpec], *others
         raise PydanticCustomError(
             "reward_name", f"`{key}.{name}`: `{name}` is not under `rewards.functions`. {nearest(name, known)}".strip()
         )
+
+
+def _some_weight(weighting: ScheduledWeights, functions: dict[str, RewardSpec]) -> None:
+    """At no time is every weight 0."""
+    points = {name: weighting.points.get(name, [(0.0, spec.weight)]) for name, spec in functions.items()}
+    for progress in sorted({0.0, 1.0, *(at for some in points.values() for at, _ in some)}):
+        if not any(np.interp(progress, *np.array(some).T) for some in points.values()):
+            raise PydanticCustomError(
+                "weights",
+                f"`weighting.points` give every reward the weight 0 at progress {progress:g}, so there is nothing to "
+                "learn; give at least one a weight",
+            )
 
 
 def _possible_hypervolume(weighting: HypervolumeWeights, recipe: "Recipe") -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from rlbal.balance_checks import check_probe
 from rlbal.batch_plan import BatchPlan, plan_batches
 from rlbal.errors import RecipeError, nearest
 from rlbal.recipe import Recipe
@@ -259,6 +260,7 @@ def bind_trainer(recipe: Recipe) -> "tuple[GRPOConfig, BatchPlan]":
     kwargs.pop("tf32", None)  # only a GPU can be asked for it
     args = _build(kwargs)
     check_speed(recipe, args)
+    check_probe(recipe, args)
     lora_config(recipe)
     if recipe.launch.accelerate is not None:
         read_accelerate_config(accelerate_config(recipe.launch.accelerate))
@@ -296,6 +298,7 @@ def training_args(recipe: Recipe, num_processes: int) -> "tuple[GRPOConfig, Batc
             kwargs["bf16"] = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
     args = _build(kwargs)
     check_speed(recipe, args)
+    check_probe(recipe, args)
     if missing := missing_package(args):
         raise missing
     return args, plan

@@ -74,6 +74,8 @@ class Benchmark:
 
     def second_stage(self, chosen: list[str]) -> None:
         """One sweep per seed, since the control's learning rate is the seed's own; as many at once as asked for."""
+        # None of these sweeps knows that there are others, so each would give its run all cores.
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.parallel)))
         files = [self._write(f"stage2/seed-{seed}", self.second_arms(seed, chosen), [seed], 1) for seed in self.seeds]
         # Each of these sweeps believes that it has all cores.
         threads = max(1, len(os.sched_getaffinity(0)) // self.parallel)

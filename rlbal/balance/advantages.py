@@ -6,7 +6,7 @@ the reward:
     baseline   group          r - mu_gk                           GRPO, arXiv 2402.03300
                leave_one_out  r - mean of the others = n/(n-1) (r - mu_gk)      RLOO, arXiv 2402.14740
                batch          r - mean over the batch
-               none           r                                   REINFORCE
+               none           r; 0 if it is the same in the whole batch                REINFORCE
     scale      none           1                                   Dr. GRPO, arXiv 2503.20783
                group_std      1 / (std over the group + eps)      GRPO (ddof 1, eps = 1e-4, as TRL)
                batch_std      1 / (std over the batch + eps)      ScaleRL, arXiv 2510.13786
@@ -146,7 +146,8 @@ def subtract_baseline(values_NK: torch.Tensor, group_N: torch.Tensor, baseline: 
     """
     present_NK = ~values_NK.isnan()
     if baseline == "none":
-        return torch.where(present_NK, values_NK, 0.0)
+        varies_1K = ~constant_groups(values_NK, torch.zeros_like(group_N), 1)
+        return torch.where(present_NK & varies_1K, values_NK, 0.0)
     over_N = torch.zeros_like(group_N) if baseline == "batch" else group_N
     num_groups = int(over_N.max()) + 1
     means_PK, counts_PK = group_mean(values_NK, present_NK, over_N, num_groups)

@@ -88,7 +88,11 @@ class GradientWeighting(Weighting):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.weights_K = _tensor(state["weights"])
+        # The recipe of the resumed run may have another floor, or a reward that is now only logged.
+        found_K = _tensor(state["weights"])
+        if found_K[~self.used_K].any():
+            found_K = torch.where(self.used_K, found_K, 0.0) / found_K[self.used_K].sum()
+        self.weights_K = bounded(found_K, self.used_K, self.floor, self.cap)
         self.influence_K, self.gram_KK = _tensor(state["influence"]), _tensor(state["gram"])
 
 
@@ -101,27 +105,28 @@ def _tensor(values: list[Any]) -> torch.Tensor:
     return torch.tensor(number(values), dtype=torch.float64)
 
 
-def projection_gradients(
-    inputs_NI: torch.Tensor, output_gradients_NH: torch.Tensor, coefficients_NK: torch.Tensor
-) -> torch.Tensor:
-    """Gradients of K objectives with respect to one linear layer, from one backward pass.
+def add_projection_gradients(
+    sums_KHI: torch.Tensor, inputs_NI: torch.Tensor, output_gradients_NH: torch.Tensor, coefficients_NK: torch.Tensor
+) -> None:
+    """Add the gradients of K objectives with respect to one linear layer, from one backward pass.
 
     Where tokens are independent of each other after the layer, the objective sum_t c_tk log π_t has the gradient
     sum_t c_tk u_t ⊗ x_t, with u_t that of log π_t alone.
 
     Args:
+        sums_KHI: what is added to, float32.
         inputs_NI: x, what the layer was given, for N tokens.
         output_gradients_NH: u, the gradient of each token's log-probability with respect to what the layer returned.
         coefficients_NK: c, one column for each objective.
-
-    Returns:
-        (K, H, I), float32.
     """
-    columns = coefficients_NK.float().unbind(1)
     u_NH = output_gradients_NH.float()
     # A product per objective: side by side, their left factors would take K times the memory.
-    products = [((column[:, None] * u_NH).to(inputs_NI.dtype).T @ inputs_NI).float() for column in columns]
-    return torch.stack(products)
+    for sum_HI, c_N in zip(sums_KHI, coefficients_NK.float().unbind(1), strict=True):
+        left_NH = c_N[:, None] * u_NH
+        # The weight of one token among many is below what half precision holds; a power of two rounds nothing.
+        scale = torch.frexp(left_NH.abs().amax()).exponent if left_NH.numel() else torch.zeros((), dtype=torch.int32)
+        product_HI = torch.ldexp(left_NH, -scale).to(inputs_NI.dtype).T @ inputs_NI
+        sum_HI += torch.ldexp(product_HI.float(), scale)
 
 
 def gram_matrix(gradients: list[torch.Tensor]) -> torch.Tensor:

@@ -101,17 +101,17 @@ class HypervolumeWeighting(FixedWeighting):
         Raises:
             RewardError: an objective that has never had a score.
         """
+        present = {name: score for name, score in scores.items() if score is not None and not math.isnan(score)}
         for name, average in self.averages.items():
-            score = scores.get(name)
-            if score is not None and not math.isnan(score):
-                average.add(self._scaled(name, score))
-            elif average.weight == 0:
+            if name not in present and average.weight == 0:
                 raise RewardError(
-                    f"the objective `{name}` of `weighting.objectives` was never scored: every score of the batch is "
-                    "missing",
+                    f"the objective `{name}` of `weighting.objectives` was never scored: every score is missing",
                     why="the hypervolume needs a score of every objective",
                     fix=f"find out why the reward `{name}` returns None, or take it out of `weighting.objectives`",
                 )
+        for name, average in self.averages.items():
+            if name in present:
+                average.add(self._scaled(name, present[name]))
         score_M = np.array([average.value for average in self.averages.values()])
         self.gain = hypervolume_gain(self.buffer_SM, score_M)
         self.value += self.gain
@@ -140,8 +140,9 @@ class HypervolumeWeighting(FixedWeighting):
         return numbers | {f"hypervolume/score/{name}": score for name, score in scored.items()}
 
     def tables(self) -> dict[str, Any]:
-        """The buffer, one row per point, its columns in the order of the objectives."""
-        return {"hypervolume/buffer": self.buffer_SM.tolist()}
+        """The buffer when it has changed: one row per point, its columns in the order of the objectives."""
+        changed = self.gain > 0 or (self.observed and self.num_gains == 0)
+        return {"hypervolume/buffer": self.buffer_SM.tolist()} if changed else {}
 
     def state_dict(self) -> dict[str, Any]:
         return {

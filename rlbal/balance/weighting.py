@@ -13,8 +13,9 @@ import torch
 class Weighting:
     """What decides how much each reward counts. It decides values and keeps state; only the trainer logs.
 
-    The trainer asks for `weights` once per generation batch and for `factor` once per optimizer step. A weighting that
-    learns has a method `observe` besides, called before `weights`, whose arguments are what it learns from.
+    The trainer asks for `weights` once per generation batch; the `factor` holds for whole optimizer steps. A weighting
+    that learns has a method `observe` besides, whose arguments are what it learns from: scores before the step, or
+    gradients after it.
     """
 
     def weights(self, progress: float) -> torch.Tensor:

@@ -52,9 +52,15 @@ def last_records(path: Path, count: int) -> list[dict[str, Any]]:
             tail, block = file.read(min(block, size)), 2 * block
     whole = tail[: tail.rfind(b"\n") + 1].split(b"\n")[:-1]
     try:
-        return [json.loads(line.decode("utf-8", "replace")) for line in whole[-count:]]
+        records = [json.loads(line.decode("utf-8", "replace")) for line in whole[-count:]]
     except ValueError as error:
         raise RunError(f"{path}: one of the last lines is not JSON", why=str(error), fix="remove it") from None
+    for record in records:
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise RunError(
+                f"{path}: one of the last lines is no record of a step", why=str(record)[:80], fix="remove it"
+            )
+    return records
 
 
 def last_step(run: RunDirectory) -> int:
@@ -118,7 +124,7 @@ def _arm_order(folder: Path) -> list[str]:
     record = folder / SWEEP_RECORD
     if not record.is_file():
         return []
-    values = parse_yaml(record.read_text(encoding="utf-8"))
+    values = parse_yaml(record.read_text(encoding="utf-8", errors="replace"))
     return list(values["arms"]) if isinstance(values, dict) and isinstance(values.get("arms"), dict) else []
 
 

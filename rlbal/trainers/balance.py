@@ -16,6 +16,7 @@ from rlbal.balance.normalization import BetaNormalizer, to_unit_interval
 from rlbal.balance.weighting import FixedWeighting, ScheduledWeighting, Weighting
 from rlbal.balance_sections import TOKENS, GradientWeights, HypervolumeWeights, ScheduledWeights
 from rlbal.batch import RolloutBatch
+from rlbal.errors import RunError
 from rlbal.recipe import Recipe
 
 
@@ -103,9 +104,31 @@ class RewardBalance:
 
     def state_dict(self) -> dict[str, Any]:
         beta = self.beta.state_dict() if self.beta is not None else {}
-        return {"batches": self.batches, "weighting": self.weighting.state_dict(), "beta": beta}
+        learned = {"weighting": self.weighting.state_dict(), "beta": beta}
+        return {"learned_with": self._learned_with(), "batches": self.batches, **learned}
+
+    def _learned_with(self) -> dict[str, Any]:
+        """The recipe keys without which the state means something else."""
+        keys: dict[str, Any] = {"weighting.method": self.section.method, "rewards.functions": self.names}
+        keys["advantage.scale"] = "beta" if self.beta is not None else "not beta"
+        if isinstance(self.weighting, HypervolumeWeighting):
+            keys["weighting.objectives"] = dict(self.weighting.objectives)
+            keys["the ranges of the objectives"] = {name: list(ends) for name, ends in self.weighting.ranges.items()}
+        return keys
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`.
+
+        Raises:
+            RunError: the recipe has changed in what the state depends on.
+        """
+        for key, now in self._learned_with().items():
+            if (then := state["learned_with"].get(key)) != now:
+                raise RunError(
+                    f"the run cannot be resumed: its checkpoint was written with `{key}` {then}, and now it is {now}",
+                    why="what was learned about the rewards would mean something else",
+                    fix="resume with the recipe in the run's directory, or start afresh with --overwrite",
+                )
         self.batches = state["batches"]
         self.weighting.load_state_dict(state["weighting"])
         if self.beta is not None:

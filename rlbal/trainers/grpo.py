@@ -270,10 +270,10 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
             return {}
         evaluation = self.evaluator.run()
         self.last_evaluation = (self.state.global_step, evaluation)
-        self.balance.observe_evaluation(evaluation.metrics)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in evaluation.metrics.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.balance.observe_evaluation(evaluation.metrics)
         return metrics
 
     @property

@@ -11,7 +11,8 @@ caught by hooks, so that u_t is their quotient: no extra forward or backward pas
 under DDP, DeepSpeed and gradient checkpointing alike. What it costs is one matrix product per reward.
 
 A token that training gives no gradient would be lost. So a row whose advantages cancel to zero though a reward of its
-own does not gets `NEXT_TO_NOTHING` for an advantage (see `teach_all`).
+own does not gets `NEXT_TO_NOTHING` for an advantage (see `teach_all`). And the quotient is u_t only where the loss is a
+function of the log π_t: entropy bonuses and routers' auxiliary losses are refused.
 
 `GradientProbe` does this; `WideProbe` compares any parameters by a backward pass per reward, which is what the paper
 does and what the cheap one is measured against. Both see a batch only while the policy is the one that sampled it,
@@ -27,7 +28,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.pytorch_utils import Conv1D
 
-from rlbal.balance.gradients import projection_gradients
+from rlbal.balance.gradients import add_projection_gradients
 from rlbal.balance_sections import GradientWeights
 from rlbal.errors import RecipeError
 from rlbal.speed import GLOBAL_TOKEN_LOSSES
@@ -112,20 +113,29 @@ class GradientProbe:
 
     def _watch(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         if self._coefficients_BTK is not None and output.requires_grad:
-            inputs = args[0].detach()
+            inputs, (B, T, _) = args[0].detach(), self._coefficients_BTK.shape
+            tokens = output.shape[:-1].numel()
+            if tokens % B or tokens // B <= T:
+                raise RecipeError(
+                    f"`weighting.probe: last_projection` needs a layer that sees all tokens; `{self.name}` does not",
+                    fix="set `weighting.probe: last_blocks`",
+                )
             output.register_hook(lambda gradient: self._collect(inputs, gradient))
 
     def _collect(self, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
         coefficients_BTK, loss_gradient_BT = self._coefficients_BTK, self._loss_gradient_BT
         if coefficients_BTK is None or loss_gradient_BT is None:
             return
-        T = coefficients_BTK.shape[1]
+        B, T, K = coefficients_BTK.shape
         seen_BT = (loss_gradient_BT != 0) & (coefficients_BTK != 0).any(dim=2)
         # What the model returns at a place is the next token's.
-        x_NI, gradient_NH = inputs[:, -T - 1 : -1][seen_BT], gradient[:, -T - 1 : -1][seen_BT]
+        x_NI, gradient_NH = (
+            tokens.reshape(B, -1, tokens.shape[-1])[:, -T - 1 : -1][seen_BT] for tokens in (inputs, gradient)
+        )
         u_NH = gradient_NH.float() / loss_gradient_BT[seen_BT].float()[:, None]
-        found_KHI = projection_gradients(x_NI, u_NH, coefficients_BTK[seen_BT])
-        self.gradients = [self.gradients[0] + found_KHI] if self.gradients else [found_KHI]
+        if not self.gradients:
+            self.gradients = [u_NH.new_zeros(K, u_NH.shape[1], x_NI.shape[1])]
+        add_projection_gradients(self.gradients[0], x_NI, u_NH, coefficients_BTK[seen_BT])
         self._coefficients_BTK = self._loss_gradient_BT = None
 
 
@@ -153,8 +163,11 @@ class WideProbe(GradientProbe):
             torch.stack([torch.zeros_like(parameter) if one is None else one for one in some]).float()
             for parameter, some in zip(self.parameters, zip(*each, strict=True), strict=True)
         ]
-        pairs = zip(self.gradients, found, strict=True)
-        self.gradients = [old + new for old, new in pairs] if self.gradients else found
+        if self.gradients:
+            for old, new in zip(self.gradients, found, strict=True):
+                old += new
+        else:
+            self.gradients = found
         self._coefficients_BTK = None
 
 
@@ -178,8 +191,8 @@ def blocks_of(model: Any) -> torch.nn.ModuleList:
 def last_projection(model: Any) -> tuple[str, torch.nn.Module]:
     """Name and module of the last linear layer of the last block that writes as many numbers as a block passes on.
 
-    That is the down-projection of its MLP; where the MLP is a mixture of experts, the attention's output projection,
-    after which tokens are just as independent. A layer with LoRA counts as one.
+    That is the down-projection of its MLP; in a mixture of experts, that of the shared expert, or without one the
+    attention's output projection, after which tokens are just as independent. A layer with LoRA counts as one.
 
     Raises:
         RecipeError: there is none.
@@ -218,21 +231,24 @@ def make_probe(trainer: Any) -> GradientProbe | None:
 
     model = accelerator.unwrap_model(trainer.model)
     if section.probe == "last_projection":
+        if trainer.aux_loss_enabled:
+            raise RecipeError(
+                "`weighting.probe: last_projection` cannot tell the rewards' gradients from that of the auxiliary loss "
+                "of a mixture of experts",
+                fix="set `trainer.router_aux_loss_coef: 0`, or `weighting.probe: last_blocks`",
+            )
         return GradientProbe(model, weigh)
-    if args.top_entropy_quantile < 1.0:
-        raise RecipeError(
-            f"`weighting.probe: {section.probe}` counts every token, and `trainer.top_entropy_quantile` trains on some",
-            fix="set `weighting.probe: last_projection`",
-        )
-    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-        raise RecipeError(
-            f"`weighting.probe: {section.probe}` cannot go back through reentrant checkpoints",
-            fix="set `use_reentrant: false` in `trainer.gradient_checkpointing_kwargs`",
-        )
     if accelerator.num_processes > 1 and (trainer._dist.is_zero3 or trainer._dist.is_fsdp):
         raise RecipeError(
             f"`weighting.probe: {section.probe}` needs whole parameters, and this engine keeps them in pieces",
             fix="set `weighting.probe: last_projection`, which works everywhere, or launch with ZeRO-2 or less",
         )
     where = model if section.probe == "trainable" else blocks_of(model)[-section.blocks :]
-    return WideProbe([parameter for parameter in where.parameters() if parameter.requires_grad], weigh)
+    parameters = [parameter for parameter in where.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise RecipeError(
+            f"`weighting.probe: {section.probe}` finds nothing to train in the last {section.blocks} blocks",
+            why="LoRA has no matrices there",
+            fix="set `weighting.probe: trainable` or `last_projection`",
+        )
+    return WideProbe(parameters, weigh)

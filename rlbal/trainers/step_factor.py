@@ -9,7 +9,9 @@ class StepFactor(TrainerCallback):
     """Multiplies the learning rate of the optimizer step that is under way, and takes it back after it.
 
     It must be applied before the backward passes, since DeepSpeed takes its step inside the last one. Schedules of the
-    learning rate never see it: where DeepSpeed's own has set a new rate by the end of the step, that rate stays.
+    learning rate never see it: where DeepSpeed's own has set a new rate by the end of the step, that rate stays. Where
+    several generation batches make up one step (`steps_per_generation` below `gradient_accumulation_steps`), the first
+    one's factor counts.
     """
 
     def __init__(self) -> None:

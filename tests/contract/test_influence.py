@@ -1,19 +1,28 @@
 """The gradients that the probes find are those of full backward passes through TRL's loss, one for each reward."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from rlbal.balance.gradients import gram_matrix
 from rlbal.errors import RecipeError
 from rlbal.recipe import Recipe
 from rlbal.rewards.suite import RewardSuite
 from rlbal.trainers.grpo import BalancedGRPOTrainer
-from rlbal.trainers.influence import NEXT_TO_NOTHING, last_projection, teach_all
+from rlbal.trainers.influence import NEXT_TO_NOTHING, last_projection, teach_all, token_weights
 from tests.contract.test_grpo_equals_trl import LOSSES
 from tests.support import REWARDS_FILE, make_model, make_recipe, make_trainer, make_uneven_rows
 
@@ -66,8 +75,10 @@ def recipe_for(folder: Path, **changes: Any) -> Recipe:
     return make_recipe(folder, **{**settings, **changes})
 
 
-def train(recipe: Recipe, only: int | None = None, steps_before: int = 0, lora: bool | str = False) -> Any:
-    policy: Any = make_model(recipe)[0]
+def train(
+    recipe: Recipe, only: int | None = None, steps_before: int = 0, lora: bool | str = False, model: Any = None
+) -> Any:
+    policy: Any = model() if model else make_model(recipe)[0]
     if recipe.trainer.get("beta"):  # TRL loads the reference from where the policy comes from
         folder = Path(recipe.output_dir) / "policy"
         policy.save_pretrained(folder)
@@ -253,16 +264,69 @@ def test_interval(tmp_path: Path) -> None:
     assert weights[0] != weights[1] == weights[2] != weights[3] == weights[4]
 
 
+NARROW = {"method": "gradient", "gradient_scale": "none"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"trainer__entropy_coef": 0.01}, {"trainer__use_adaptive_entropy": True, "trainer__entropy_target": 0.2}],
+)
+def test_an_entropy_bonus_is_no_rewards_gradient(changes: dict[str, Any], tmp_path: Path) -> None:
+    """It reaches the projection without passing through log π, so only the wide probe can tell."""
+    with pytest.raises(RecipeError, match="entropy bonus"):
+        train(recipe_for(tmp_path, weighting=NARROW, **changes))
+    wide = {**NARROW, "probe": "last_blocks"}
+    recipe = recipe_for(tmp_path, trainer__loss_type="dapo", weighting=wide, trainer__entropy_coef=0.01)
+    assert_same(train(recipe).found, gram_of_full_passes(recipe, lambda name: ".layers.1." in name), 1e-5)
+
+
+def mixture(shared: bool, auxiliary: float) -> Any:
+    """A small mixture of experts; with a shared expert, whose layers see all tokens in one row."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+    }
+    sizes |= {"num_key_value_heads": 2, "num_experts": 4, "moe_intermediate_size": 8, "vocab_size": 320}
+    sizes |= {"router_aux_loss_coef": auxiliary, "num_experts_per_tok": 2, "pad_token_id": 0}
+    torch.manual_seed(0)
+    if shared:
+        return Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, shared_expert_intermediate_size=16))
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, head_dim=16))
+
+
+@pytest.mark.parametrize(("shared", "layer"), [(False, "self_attn.o_proj"), (True, "mlp.shared_expert.down_proj")])
+def test_mixtures_of_experts(shared: bool, layer: str, tmp_path: Path) -> None:
+    changes = {"trainer__loss_type": "dapo", "weighting": NARROW}
+    recipe = recipe_for(tmp_path, **changes, trainer__router_aux_loss_coef=0.0)
+    kwargs: Any = {"model": lambda: mixture(shared, 0.0)}
+    trainer = train(recipe, **kwargs)
+    assert trainer._probe.name == layer
+    expected = gram_of_full_passes(recipe, lambda name: name.endswith(f"layers.1.{layer}.weight"), **kwargs)
+    assert_same(trainer.found, expected)
+    with pytest.raises(RecipeError, match="auxiliary loss"):
+        train(recipe_for(tmp_path, **changes), model=lambda: mixture(shared, 0.01))
+
+
+def test_blocks_without_lora_have_nothing_to_compare(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, weighting={**NARROW, "probe": "last_blocks"})
+    config = LoraConfig(r=4, target_modules=["q_proj"], layers_to_transform=[0])
+    with pytest.raises(RecipeError, match="LoRA has no matrices there"):
+        make_trainer(recipe, RewardSuite(recipe.rewards), peft_config=config)
+
+
+def test_what_vllm_sampled_weighs_as_trl_says() -> None:
+    args = SimpleNamespace(loss_type="grpo", steps_per_generation=1)
+    mask = torch.tensor([[1, 1], [1, 0]])
+    inputs = {"completion_mask": mask, "importance_sampling_ratio": torch.tensor([[0.5, 2.0], [4.0, 0.0]])}
+    # grpo: 1 / rows / tokens of the row, times the ratio: 1/2/2 · 0.5 and · 2, and 1/2/1 · 4.
+    assert token_weights(args, inputs, 8, 1, 1).tolist() == [[0.125, 0.5], [2.0, 0.0]]
+
+
 def test_where_tokens_part_ways() -> None:
-    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
-    mixture = Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            **sizes, num_hidden_layers=2, num_key_value_heads=2, head_dim=8, num_experts=4, moe_intermediate_size=8
-        )
-    )
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=3, n_head=2))
     assert last_projection(gpt2)[0] == "mlp.c_proj"
-    assert last_projection(mixture)[0] == "self_attn.o_proj"
 
 
 def test_gram_matrix_by_hand() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from rlbal.balance.hypervolume import HypervolumeWeighting
 from rlbal.batch import RolloutBatch
-from rlbal.errors import RewardError, TrainingStopped
+from rlbal.errors import RewardError, RunError, TrainingStopped
 from rlbal.recipe import Recipe
 from rlbal.rewards.suite import RewardSuite
 from rlbal.trainers.balance import RewardBalance
@@ -43,6 +43,10 @@ def constant_factor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HypervolumeWeighting, "factor", property(lambda self: FACTOR))
 
 
+RANGED = {
+    "even": {"function": f"{REWARDS_FILE}:even_share", "range": [0, 1]},
+    "short": {"function": f"{REWARDS_FILE}:short", "range": [0, 1]},
+}
 ADAM = {"trainer__optim": "adamw_torch", "trainer__learning_rate": 1e-3, "trainer__weight_decay": 0.0}
 SGD = {"trainer__optim": "sgd", "trainer__learning_rate": 0.05}
 
@@ -209,6 +213,30 @@ def test_a_checkpoint_holds_what_was_learned(name: str, tmp_path: Path) -> None:
         assert torch.equal(fresh.balance.weighting.weights(progress), trained.balance.weighting.weights(progress))
     assert fresh.balance.weighting.factor == trained.balance.weighting.factor
     assert fresh.balance.tables() == trained.balance.tables()
+
+
+OTHER_WAY = {"even": "min", "tokens": "min"}
+ANOTHER = [
+    ("weighting.method", "gradient", {}),
+    ("advantage.scale", "fixed", {"advantage": {"scale": "beta", "order": "normalize_then_sum"}}),
+    ("rewards.functions", "gradient", {"rewards__functions": {"short": RANGED["short"], "even": RANGED["even"]}}),
+    ("weighting.objectives", "hypervolume", {"weighting": {**HYPERVOLUME, "objectives": OTHER_WAY}}),
+    ("the ranges of the objectives", "hypervolume", {"trainer__max_completion_length": 20}),
+]
+
+
+@pytest.mark.parametrize(("key", "name", "changes"), ANOTHER)
+def test_a_checkpoint_of_another_recipe_is_refused(
+    key: str, name: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    written = "fixed" if key == "weighting.method" else name
+    weighting = {"method": "fixed"} if written == "fixed" else WEIGHTINGS[written]
+    saved = RewardBalance(recipe_for(tmp_path, rewards__functions=RANGED, weighting=weighting), 16).state_dict()
+    now = {"method": "fixed"} if name == "fixed" else WEIGHTINGS[name]
+    recipe = recipe_for(tmp_path, **{"rewards__functions": RANGED, "weighting": now, **changes})
+    limit = recipe.trainer["max_completion_length"]
+    with pytest.raises(RunError, match=f"`{key}`"):
+        RewardBalance(recipe, limit).load_state_dict(json.loads(json.dumps(saved)))
 
 
 def test_raw_reward_logs_stay_unweighted(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ import torch
 
 from rlbal.balance.gradients import (
     GradientWeighting,
+    add_projection_gradients,
     bounded,
     exponentiated_gradient,
     influence,
-    projection_gradients,
 )
 
 ALL = torch.tensor([True, True, True])
@@ -24,10 +24,22 @@ def tensor(values: list) -> torch.Tensor:
 def test_projection_gradients_are_sums_of_outer_products() -> None:
     x, u = torch.randn(5, 3), torch.randn(5, 2)
     coefficients = torch.randn(5, 4)
-    found = projection_gradients(x, u, coefficients)
+    found = torch.ones(4, 2, 3)
+    add_projection_gradients(found, x, u, coefficients)
     for k in range(4):
         expected = sum(coefficients[t, k] * torch.outer(u[t], x[t]) for t in range(5))
-        torch.testing.assert_close(found[k], expected)
+        torch.testing.assert_close(found[k], 1 + expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_holds_small_weights(dtype: torch.dtype) -> None:
+    """A token among a million weighs 1e-6, which float16 has no digits for; what is left is the rounding of x and u."""
+    x, u = torch.randn(200, 3), torch.randn(200, 2) / 64
+    coefficients = torch.full((200, 1), 1e-6)
+    found = torch.zeros(1, 2, 3)
+    add_projection_gradients(found, x.to(dtype), u, coefficients)
+    expected = 1e-6 * u.T @ x.to(dtype).float()
+    assert (found[0] - expected).abs().max() < 0.02 * expected.abs().max()
 
 
 def test_influence_by_hand() -> None:
@@ -118,6 +130,16 @@ def test_opposed_rewards() -> None:
         weighting.observe(gram)
     a, b, c = weighting.weights(0.0).tolist()
     assert a == pytest.approx(c) and b < 0.01
+
+
+def test_a_resumed_recipe_may_log_a_reward_only_or_raise_the_floor() -> None:
+    first = GradientWeighting([1, 1, 2], ["a", "b", "c"], 0.3)
+    other = GradientWeighting([1, 1, 0], ["a", "b", "c"], 0.3, floor=0.3)
+    other.load_state_dict(first.state_dict())
+    assert other.weights(0.0).tolist() == pytest.approx([0.5, 0.5, 0.0])
+    higher = GradientWeighting([1, 1, 2], ["a", "b", "c"], 0.3, floor=0.3)
+    higher.load_state_dict(first.state_dict())
+    assert higher.weights(0.0).tolist() == pytest.approx([0.3, 0.3, 0.4])
 
 
 def test_state_survives_a_checkpoint() -> None:

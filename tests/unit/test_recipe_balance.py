@@ -62,6 +62,10 @@ BAD = [
     ("weighting={method: schedule, points: {a: [[0.5, 1], [0, 1]]}}", "`weighting.points.a` must be [[progress"),
     ("weighting={method: schedule, points: {a: [[0, 1], [2, 1]]}}", "`weighting.points.a` must be [[progress"),
     ("weighting={method: schedule, points: {a: []}}", "`weighting.points.a` must be [[progress"),
+    (
+        "weighting={method: schedule, points: {a: [[0, 1], [0.5, 0]], b: [[0.5, 0], [1, 1]]}}",
+        "`weighting.points` give every reward the weight 0 at progress 0.5",
+    ),
     ("weighting.method=hypervolume", "`weighting.objectives` needs 2 to 6 objectives"),
     ("weighting={method: hypervolume, objectives: {a: max}}", "and has 1"),
     ("weighting={method: hypervolume, objectives: {a: max, b: }}", "`weighting.objectives.b` has no direction"),
