@@ -88,16 +88,10 @@ def reward_advantages(
     """Each reward's own advantages: (N, K) float32; arguments and errors as for `compute_advantages`.
 
     Column k is what `compute_advantages` gives for reward k alone with weight 1, before whitening. With the order
-    `normalize_then_sum` and any baseline but `none`, the weighted sum of the columns is the batch's advantages.
-
-    A reward that is the same in all rows has a column of exact zeros under every baseline. It says nothing about which
-    rollouts are better, and under `none` its advantages, all equal, would still have a gradient: noise, whose mean is 0
-    since scores have mean 0, but which would pass for an influence of that reward on the policy.
+    `normalize_then_sum`, the weighted sum of the columns is the batch's advantages.
     """
     values_NK = _values(rewards_NK, rule, ranges_K2, beta)
-    advantages_NK = _normalize_each(values_NK, group_N, rule, beta)
-    constant_1K = constant_groups(values_NK, torch.zeros_like(group_N), 1)
-    return torch.where(constant_1K, 0.0, advantages_NK).float()
+    return _normalize_each(values_NK, group_N, rule, beta).float()
 
 
 def _values(
@@ -146,8 +140,7 @@ def subtract_baseline(values_NK: torch.Tensor, group_N: torch.Tensor, baseline: 
     """
     present_NK = ~values_NK.isnan()
     if baseline == "none":
-        varies_1K = ~constant_groups(values_NK, torch.zeros_like(group_N), 1)
-        return torch.where(present_NK & varies_1K, values_NK, 0.0)
+        return torch.where(present_NK & ~says_nothing(values_NK), values_NK, 0.0)
     over_N = torch.zeros_like(group_N) if baseline == "batch" else group_N
     num_groups = int(over_N.max()) + 1
     means_PK, counts_PK = group_mean(values_NK, present_NK, over_N, num_groups)
@@ -157,6 +150,17 @@ def subtract_baseline(values_NK: torch.Tensor, group_N: torch.Tensor, baseline: 
         centred_NK = centred_NK * (counts_PK / (counts_PK - 1.0).clamp(min=1.0))[over_N]
     varies_PK = ~constant_groups(values_NK, over_N, num_groups)
     return torch.where(present_NK & varies_PK[over_N], centred_NK, 0.0)
+
+
+def says_nothing(values_NK: torch.Tensor) -> torch.Tensor:
+    """Whether a reward is the same in all rows that have it, two at least: (1, K) bool.
+
+    It cannot tell which rollouts are better. Under the baseline `none` its advantages, all equal, would still have a
+    gradient: noise, whose mean is 0 since scores have mean 0, but which would pass for an influence of that reward.
+    """
+    several_1K = (~values_NK.isnan()).sum(dim=0, keepdim=True) > 1
+    everyone_N = torch.zeros(len(values_NK), dtype=torch.long, device=values_NK.device)
+    return several_1K & constant_groups(values_NK, everyone_N, 1)
 
 
 def _scale(

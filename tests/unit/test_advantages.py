@@ -280,3 +280,16 @@ def test_a_reward_that_never_varies_moves_no_advantage(order):
         rule = AdvantageRule(baseline, scale, order)
         alone = compute([[value] for value in varying], groups, [0.5], rule)
         assert compute([[value, 0.1] for value in varying], groups, [0.5, 0.3], rule) == alone
+
+
+@pytest.mark.parametrize("baseline", ["group", "leave_one_out", "batch", "none"])
+@pytest.mark.parametrize("scale", ["none", "group_std", "batch_std"])
+@pytest.mark.parametrize("order", ["sum_then_normalize", "normalize_then_sum"])
+def test_a_constant_reward_moves_no_advantage(baseline, scale, order):
+    rule, group = AdvantageRule(baseline, scale, order), torch.tensor([0, 0, 1, 1])
+    alone = torch.tensor([[1.0], [0.0], [0.5], [0.25]])
+    beside = torch.cat([alone, torch.full((4, 1), 0.7)], dim=1)
+    expected = compute_advantages(alone, group, torch.tensor([0.6]), rule)
+    found = compute_advantages(beside, group, torch.tensor([0.6, 0.4]), rule)
+    assert expected.abs().max() > 0.05
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)

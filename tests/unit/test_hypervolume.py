@@ -120,15 +120,15 @@ def test_constant_scores_reach_nothing(smoothing: float) -> None:
 def test_a_score_at_the_worst_end_has_no_volume() -> None:
     weighting = make()
     assert observed(weighting, (0.5, 0.5), (0.9, 0.0)) == [1.0, 0.5]
-    assert weighting.tables()["hypervolume/buffer"] == [[0.5, 0.5]]
+    assert weighting.buffer_SM.tolist() == [[0.5, 0.5]]
 
 
 def test_directions_and_ranges() -> None:
     weighting = make({"right": "max", "tokens": "min"}, right=(-1.0, 3.0), tokens=(0.0, 200.0))
     observed(weighting, (1.0, 50.0))  # (1 + 1)/4 = 0.5; 1 − 50/200 = 0.75
-    assert weighting.tables()["hypervolume/buffer"] == [[0.5, 0.75]]
+    assert weighting.buffer_SM.tolist() == [[0.5, 0.75]]
     observed(weighting, (1.0, 20.0))  # 1 − 20/200 = 0.9
-    assert weighting.tables()["hypervolume/buffer"] == [pytest.approx([0.5, 0.9])]
+    assert weighting.buffer_SM.tolist() == [pytest.approx([0.5, 0.9])]
     assert weighting.factor == pytest.approx(0.5 + 1.5 * math.tanh(1))
     observed(weighting, (1.0, 150.0))  # longer is worse
     assert weighting.factor == 0.5
@@ -137,7 +137,7 @@ def test_directions_and_ranges() -> None:
 def test_scores_outside_their_range_are_clipped() -> None:
     weighting = make({"right": "max", "tokens": "min"}, tokens=(0.0, 200.0))
     observed(weighting, (1.5, 300.0))
-    assert weighting.tables()["hypervolume/buffer"] == [[1.0, 0.0]]
+    assert weighting.buffer_SM.tolist() == [[1.0, 0.0]]
     observed(weighting, (-math.inf, -5.0))
     assert weighting.metrics()["hypervolume/score/right"] == 0.0
     assert weighting.metrics()["hypervolume/score/tokens"] == 1.0
@@ -162,7 +162,7 @@ def test_random_runs_stay_in_bounds_and_keep_no_dominated_point(dimensions: int)
         point = np.round(rng.random(dimensions) * (0.5 + step / 300), 1)
         (factor,) = observed(weighting, tuple(point.tolist()))
         assert 0.5 <= factor <= 2.0
-        buffer_SM = np.array(weighting.tables()["hypervolume/buffer"])
+        buffer_SM = np.array(weighting.buffer_SM.tolist())
         for one, other in itertools.permutations(buffer_SM, 2):
             assert not (other >= one).all()
     assert weighting.metrics()["hypervolume/value"] == pytest.approx(hypervolume(buffer_SM), abs=1e-12)
