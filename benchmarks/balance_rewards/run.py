@@ -1,6 +1,6 @@
 """Ways of weighting three rewards, over matched seeds, at equal rollouts: runs, table and pictures.
 
-    python benchmarks/balance_rewards/run.py                  # about 40 minutes on 2 cores
+    python benchmarks/balance_rewards/run.py                  # about 45 minutes on 2 cores
     python benchmarks/balance_rewards/run.py --seeds 20 --parallel 16
     python benchmarks/balance_rewards/run.py --analyse-only   # from the runs that are there
     python benchmarks/balance_rewards/run.py --quick          # does it all work: 2 seeds, 4 steps, nothing learned

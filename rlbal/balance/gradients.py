@@ -15,8 +15,9 @@ No signal: a reward whose gradient is zero (it was constant) keeps its weight, a
 between them. A gradient that is not finite says nothing, and no weight moves. A reward of weight 0 is only logged: it
 stays at 0 and has no say.
 
-The assumption behind it is that a reward whose gradient agrees with the others' is one to follow. Nothing pulls weights
-back: a reward that always agrees a little more ends at the cap, and the floor is what the others keep.
+The assumption behind it is that a reward whose gradient agrees with the others' is one to follow. I_k contains |g_k|²,
+so unless lengths are one, the reward with the longest gradient gains, which is the one that is easiest to move. Nothing
+pulls weights back: a reward that always agrees a little more ends at the cap, and the floor is what the others keep.
 """
 
 from typing import Any
