@@ -1,6 +1,6 @@
 """What the gradient probe costs, and how well it follows the full gradient. For a machine that does nothing else.
 
-    python benchmarks/balance_rewards/probe.py            # about 25 minutes on 2 cores
+    python benchmarks/balance_rewards/probe.py            # about 15 minutes on 2 cores
     python benchmarks/balance_rewards/probe.py --quick    # does it all work: a few steps; writes nothing
     python benchmarks/balance_rewards/probe.py --only cost
 
@@ -198,7 +198,7 @@ def show(found: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3, help="runs for quality")
+    parser.add_argument("--seeds", type=int, default=2, help="runs for quality")
     parser.add_argument("--only", choices=["cost", "quality"], help="the other is kept as it is in probe.json")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()

@@ -3,15 +3,14 @@
     python benchmarks/quickstart/run.py             # about ten minutes on 2 cores
     python benchmarks/quickstart/run.py --plot-only # from the runs that are there
 
-Runs recipes/quickstart.yaml with seeds 0, 1, 2, one after another, in runs/quickstart-seed<N>; a finished run is kept.
-Writes result.json, learning.png beside this file.
+Runs sweep.yaml: recipes/quickstart.yaml with seeds 0, 1, 2, one after another; a finished run is kept. Writes
+result.json, learning.png beside this file.
 """
 
 import argparse
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from rlbal.experiments.sweep import read_sweep
 from rlbal.run import RunDirectory, read_jsonl
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
-SEEDS = (0, 1, 2)
+SWEEP = read_sweep(FOLDER / "sweep.yaml")
+SEEDS = SWEEP.seeds
 METRICS = {
     "correct, sampled": "pass@1",
     "correct, greedy": "greedy/pass@1",
@@ -38,20 +39,9 @@ METRICS = {
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 
 
-def run_seed(seed: int) -> float | None:
-    """Train one seed unless it is finished; wall seconds, start-up included."""
-    run = RunDirectory(ROOT / f"runs/quickstart-seed{seed}")
-    if run.model_path.is_dir():
-        return None
-    command = [sys.executable, "-m", "rlbal.cli", "train", "recipes/quickstart.yaml", "--overwrite"]
-    started = time.monotonic()
-    subprocess.run([*command, f"seed={seed}", f"output_dir={run.path}"], cwd=ROOT, check=True)
-    return time.monotonic() - started
-
-
 def collect(seed: int) -> dict[str, Any]:
     """First and last evaluation and the training curve of one seed."""
-    run = RunDirectory(ROOT / f"runs/quickstart-seed{seed}")
+    run = RunDirectory(ROOT / SWEEP.output_dir / "quickstart" / f"seed-{seed}")
     first, *_, last = read_jsonl(run.evaluations_path)
     curve = list(read_jsonl(run.metrics_path))
     return {
@@ -106,12 +96,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plot-only", action="store_true")
     options = parser.parse_args()
-    file = FOLDER / "result.json"
-    seconds = json.loads(file.read_text())["seconds"] if file.is_file() else {}
-    for seed in SEEDS:
-        took = None if options.plot_only else run_seed(seed)
-        if took is not None:
-            seconds[str(seed)] = round(took, 1)
+    if not options.plot_only:
+        command = [sys.executable, "-m", "rlbal.cli", "sweep", str(FOLDER / "sweep.yaml")]
+        subprocess.run(command, cwd=ROOT, check=True)
     results = {seed: collect(seed) for seed in SEEDS}
     table = Table("", *(f"seed {seed}" for seed in SEEDS), "mean before", "mean after", "change", title="Quickstart")
     summary = {}
@@ -124,9 +111,8 @@ def main() -> None:
         table.add_row(label, *pairs, f"{before:.3g}", f"{after:.3g}", change)
     seeds = {seed: {"before": result["before"], "after": result["after"]} for seed, result in results.items()}
     prompts = results[SEEDS[0]]["prompts"]
-    file.write_text(
-        json.dumps({"prompts": prompts, "mean": summary, "seeds": seeds, "seconds": seconds}, indent=2) + "\n"
-    )
+    found = {"prompts": prompts, "mean": summary, "seeds": seeds}
+    (FOLDER / "result.json").write_text(json.dumps(found, indent=2) + "\n")
     plot(results)
     Console().print(table)
 
