@@ -83,6 +83,14 @@ def _labels(groups: list[dict[int, RunResult]]) -> list[str]:
     return [str(next(iter(runs.values())).path) for runs in groups]
 
 
+def unnamed_keys(arm: Arm, base: Arm) -> list[str]:
+    """Keys in which two arms differ and of which neither's label speaks, where labels are made of keys."""
+    recipes = [_settings(next(iter(one.runs.values())).recipe) for one in (arm, base)]
+    keys = differing(*recipes)
+    named = [key for key in keys if f"{key}=" in arm.label]
+    return [key for key in keys if key not in named] if named else []
+
+
 def _short(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 

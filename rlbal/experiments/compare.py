@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rlbal.errors import RunError
-from rlbal.experiments.arms import Arm, differing, find_arm, group_arms
+from rlbal.experiments.arms import Arm, differing, find_arm, group_arms, unnamed_keys
 from rlbal.experiments.metrics import choose_metrics, direction, measured_with, unit, value_of
 from rlbal.experiments.results import read_results
 from rlbal.experiments.statistics import (
@@ -120,6 +120,10 @@ def compare_runs(paths: list[Path], baseline: str | None = None, metrics: list[s
     names, notes = choose_metrics(metrics or [], results)
     summaries = {(arm.label, name): _summary(arm, name) for arm in arms for name in names}
     judgements, unlike = _judge(arms, base, names, summaries)
+    hidden = {arm.label: unnamed_keys(arm, base) for arm in arms if arm is not base}
+    unlike += [
+        f"`{label}` differs from `{base.label}` in {', '.join(keys)} too" for label, keys in hidden.items() if keys
+    ]
     notes = [*unlike, *_cost_notes(arms, base), *_seed_notes(arms, base), *_missing_notes(arms, names), *notes]
     return Comparison(arms, base.label, names, summaries, judgements, notes, left_out)
 

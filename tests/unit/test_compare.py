@@ -155,8 +155,11 @@ def test_runs_that_differ_in_seed_and_place_alone_are_one_arm(tmp_path):
 def test_arms_in_one_folder_are_told_apart_by_what_differs(tmp_path):
     for index, override in enumerate(["algorithm.name=grpo", "algorithm.name=rloo"]):
         finished_run(tmp_path / f"run-{index}", override)
-    labels = [arm.label for arm in compare_runs([tmp_path]).arms]
+    comparison = compare_runs([tmp_path])
+    labels = [arm.label for arm in comparison.arms]
     assert labels == ["advantage.baseline=group", "advantage.baseline=leave_one_out"]
+    others = [note for note in comparison.notes if note.startswith(f"`{labels[1]}` differs from `{labels[0]}` in ")]
+    assert len(others) == 1 and "algorithm.name" in others[0] and "advantage.scale" in others[0]
 
 
 def test_arms_that_take_too_many_words_are_told_apart_by_their_path(tmp_path):
