@@ -300,6 +300,10 @@ def test_last_records_of_long_lines_and_a_cut_off_one(tmp_path):
     path.write_text("step 1\n")
     with pytest.raises(RunError, match="not JSON"):
         last_records(path, 1)
+    for odd in ("[1, 2]", '{"a": 1}', '{"step": "four"}', "7"):
+        path.write_text(odd + "\n")
+        with pytest.raises(RunError, match="no record of a step"):
+            last_records(path, 1)
 
 
 # The command
