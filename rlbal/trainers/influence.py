@@ -25,6 +25,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.pytorch_utils import Conv1D
 
@@ -218,7 +219,7 @@ def make_probe(trainer: Any) -> GradientProbe | None:
     """The probe of the recipe's `weighting:`, or None.
 
     Raises:
-        RecipeError: the model has no such parameters, or this engine keeps them in pieces.
+        RecipeError: the model has no such parameters, or this engine allows no backward pass but training's.
     """
     section = trainer.recipe.weighting
     if not isinstance(section, GradientWeights):
@@ -238,10 +239,11 @@ def make_probe(trainer: Any) -> GradientProbe | None:
                 fix="set `trainer.router_aux_loss_coef: 0`, or `weighting.probe: last_blocks`",
             )
         return GradientProbe(model, weigh)
-    if accelerator.num_processes > 1 and (trainer._dist.is_zero3 or trainer._dist.is_fsdp):
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         raise RecipeError(
-            f"`weighting.probe: {section.probe}` needs whole parameters, and this engine keeps them in pieces",
-            fix="set `weighting.probe: last_projection`, which works everywhere, or launch with ZeRO-2 or less",
+            f"`weighting.probe: {section.probe}` needs backward passes of its own, which DeepSpeed and FSDP take for "
+            "training's",
+            fix="set `weighting.probe: last_projection`, or launch with DDP (multi_gpu)",
         )
     where = model if section.probe == "trainable" else blocks_of(model)[-section.blocks :]
     parameters = [parameter for parameter in where.parameters() if parameter.requires_grad]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from rlbal.balance.hypervolume import HypervolumeWeighting
 from rlbal.batch import RolloutBatch
@@ -252,3 +253,17 @@ def test_raw_reward_logs_stay_unweighted(tmp_path: Path) -> None:
         _, logs, _ = train(recipe_for(tmp_path, **SGD, trainer__max_steps=1, weighting=weighting))
         for key in ("reward/even/mean", "rewards/even/mean", "reward/short/mean", "rewards/short/mean"):
             assert logs[0][key] == fixed[0][key]
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_every_method_with_lora(name: str, tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, **SGD, weighting=WEIGHTINGS[name])
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    trainer = make_trainer(recipe, RewardSuite(recipe.rewards), peft_config=config)
+    start = {key: value.clone() for key, value in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {key for key, value in trainer.model.named_parameters() if not torch.equal(value, start[key])}
+    assert moved and all("lora_" in key for key in moved)
+    learned = {"schedule": "weight/even", "hypervolume": "hypervolume/factor", "gradient": "weight/even"}[name]
+    assert len({entry[learned] for entry in trainer.state.log_history if "loss" in entry}) > 1

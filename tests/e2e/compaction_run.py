@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import rlbal.trainers.microbatch
+from rlbal.errors import RecipeError
 from rlbal.rewards.suite import RewardSuite
 from rlbal.trainers.grpo import BalancedGRPOTrainer
 from tests.support import REWARDS_FILE, make_model, make_recipe, make_trainer, make_uneven_rows, parameters
@@ -28,6 +30,8 @@ ROWS = 16  # per micro-batch, over all processes
 WEIGHTING = {
     "gradient": {"method": "gradient", "step_size": 1.0},
     "hypervolume": {"method": "hypervolume", "objectives": {"even": "max", "short": "max"}},
+    "lora": {"method": "gradient", "step_size": 1.0},
+    "wide": {"method": "gradient", "step_size": 1.0, "probe": "trainable"},
 }
 
 
@@ -48,7 +52,7 @@ class Watched(BalancedGRPOTrainer):
         return output
 
 
-def run(folder: Path, world: int, sampled: bool = False, **changes: Any) -> dict[str, Any]:
+def run(folder: Path, world: int, sampled: bool = False, lora: bool = False, **changes: Any) -> dict[str, Any]:
     """Two optimizer steps on scripted rollouts, or on sampled ones."""
     # A micro-batch has four prompts. Only few prompts teach, so that processes differ in how many rows they keep.
     reward = {"function": f"{REWARDS_FILE}:even_share_but", "args": {"dead": list(range(8, 24))}, "range": [0, 1]}
@@ -65,7 +69,10 @@ def run(folder: Path, world: int, sampled: bool = False, **changes: Any) -> dict
     model, tokenizer = make_model(recipe)
     # Enough end tokens for completions to end at many lengths.
     model.generation_config.eos_token_id = [*range(48), tokenizer.eos_token_id]
-    trainer: Any = make_trainer(recipe, RewardSuite(recipe.rewards), world, model=model, rows=make_uneven_rows())
+    torch.manual_seed(7)  # LoRA's matrices
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if lora else None
+    suite, rows = RewardSuite(recipe.rewards), make_uneven_rows()
+    trainer: Any = make_trainer(recipe, suite, world, model=model, rows=rows, peft_config=config)
     trainer.__class__, trainer.parts, trainer.completions = Watched, [], []
     if sampled:
         trainer.rollout_func = trainer._rollouts
@@ -121,7 +128,10 @@ def runs_of(engine: str, folder: Path, world: int) -> dict[str, Any]:
     }
     for method, weighting in WEIGHTING.items():
         changes = {"trainer__loss_type": "dapo", "rewards__functions": functions, "weighting": weighting}
-        results[method] = run(folder, world, **changes)
+        try:
+            results[method] = run(folder, world, lora=method == "lora", **changes)
+        except RecipeError as error:
+            results[method] = {"refused": str(error)}
     if engine in ("alone", "ddp", "zero3"):
         results["sampled"] = run(folder, world, sampled=True)
     if engine == "zero3":

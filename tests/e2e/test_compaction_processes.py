@@ -99,6 +99,8 @@ def test_the_runs_were_compacted_and_uneven(engine: str, seen: dict[str, Any]) -
 def test_deepspeed_steps_once_per_optimizer_step(engine: str, seen: dict[str, Any]) -> None:
     for process in seen[engine]:
         for run in process.values():
+            if "refused" in run:
+                continue
             assert run["engine_steps"] == run["steps"] == 2
 
 
@@ -130,8 +132,10 @@ def test_two_processes_sample_what_one_samples(engine: str, run: str, seen: dict
     assert max(map(abs, alone["sampled"]["moved"])) > 1e-3, "the second batch is from a policy that has moved"
 
 
-@pytest.mark.parametrize("method", ["gradient", "hypervolume"])
-@pytest.mark.parametrize("engine", USABLE)
+LEARNING = [(engine, method) for engine in USABLE for method in ("gradient", "hypervolume", "lora")]
+
+
+@pytest.mark.parametrize(("engine", "method"), [*LEARNING, ("ddp", "wide")])
 def test_weights_learn_the_same_on_every_engine(engine: str, method: str, seen: dict[str, Any]) -> None:
     """The rewards' gradients are summed over processes, and the factor reaches the engine's optimizer."""
     (alone,), both = seen["alone"], seen[engine]
@@ -146,9 +150,16 @@ def test_weights_learn_the_same_on_every_engine(engine: str, method: str, seen: 
         apart = max(abs(a - b) for a, b in zip(process[method]["moved"], expected["moved"], strict=True))
         assert way > 1e-3 and apart < 1e-4 * way
     first, second = (step["weight/even"] for step in expected["learned"])
-    if method == "gradient":
+    if method != "hypervolume":
         assert first != second
         gram, same = (torch.tensor(one["tables"]["gradient/gram"]) for one in (both[0][method], expected))
         torch.testing.assert_close(gram, same, rtol=1e-4, atol=1e-4 * same.abs().max().item())
     else:
         assert [step["hypervolume/factor"] == 1.0 for step in expected["learned"]] == [True, False]
+
+
+@pytest.mark.parametrize("engine", [engine for engine in USABLE if engine != "ddp"])
+def test_wide_probes_are_refused_under_deepspeed(engine: str, seen: dict[str, Any]) -> None:
+    """It would take their backward passes for training's."""
+    for process in seen[engine]:
+        assert "`weighting.probe: trainable` needs backward passes of its own" in process["wide"]["refused"]
