@@ -112,8 +112,8 @@ class GradientWeights(Section):
     probe: Literal["last_projection", "last_blocks", "trainable"] = Field(
         default="last_projection",
         description="Parameters whose gradients are compared. last_projection: the last projection of the last block, "
-        "at next to no cost; last_blocks and trainable (LoRA's matrices, under `lora:`): a backward pass per reward, not "
-        "under DeepSpeed or FSDP.",
+        "at next to no cost; last_blocks and trainable (LoRA's matrices, under `lora:`): a backward pass per reward, "
+        "not under DeepSpeed or FSDP.",
     )
     blocks: int = Field(default=1, ge=1, description="With `probe: last_blocks`: how many.")
 
