@@ -177,11 +177,11 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                     raise RunError(f"{path}, line {number} is not JSON", why=str(error), fix="remove it") from None
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Replace a file by a new version, or leave the old one: never half of either."""
     aside = path.with_name(path.name + ".tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with aside.open("wb") as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)

@@ -36,11 +36,9 @@ from typing import Any
 
 import torch
 
+from rlbal.balance.beta_moments import NO_VARIANCE, beta_concentration
 from rlbal.balance.groups import group_mean, group_variance
 from rlbal.errors import RunError
-
-# A variance up to this is rounding: equal means can differ in their last bit, which would make alpha 1e30.
-NO_VARIANCE = 1e-12
 
 
 def to_unit_interval(rewards_NK: torch.Tensor, ranges_K2: torch.Tensor) -> torch.Tensor:
@@ -84,7 +82,7 @@ def prompt_moments(unit_NK: torch.Tensor, group_N: torch.Tensor, estimator: str)
 
 def population_prior(mean_K: torch.Tensor, variance_K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The a and b of the Beta distribution with these moments, both 0 where none has them: (K,), (K,)."""
-    concentration_K = mean_K * (1.0 - mean_K) / variance_K - 1.0
+    concentration_K = beta_concentration(mean_K, variance_K)
     usable_K = (variance_K > NO_VARIANCE) & (concentration_K > 0.0)
     a_K, b_K = concentration_K * mean_K, concentration_K * (1.0 - mean_K)
     return torch.where(usable_K, a_K, 0.0), torch.where(usable_K, b_K, 0.0)

@@ -1,0 +1,252 @@
+"""What is known of each prompt: how often the policy succeeds at it, when it was last tried, how long answers get.
+
+The belief about the success probability p of a prompt is Beta(a0 + s, b0 + f). s and f are its successes and failures,
+a graded success counting in part; each policy update makes them count less by the factor 1 - forgetting. (a0, b0) is
+the prior of its stratum (`rlbal.prompts.prior`). Assumed is that p moves slowly against 1 / forgetting updates. Without
+a signal (never tried, or never scored) the belief is the prior.
+
+Forgetting is applied when a prompt is read or tried again, from the step at which it was last tried, so that an update
+touches the prompts of its batch alone. M prompts are in the data, P of them in a batch of N rows.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from rlbal.errors import DataError, RunError
+from rlbal.prompts.prior import MEMORY, PromptPrior
+from rlbal.run import write_whole
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+NEVER = -1
+MOST_STRATA = 1000
+# Scores are rounded to multiples of this, so that their sums are exact and no order of the rows changes them.
+GRAIN = 2.0**-32
+
+
+class PromptLedger:
+    """Beliefs about M prompts, the same on every process that observes the same batches.
+
+    Args:
+        num_prompts: M.
+        forgetting: share of a prompt's counts that a policy update takes away: 0 keeps everything, 1 leaves the last
+            visit alone.
+        strata: a number for each prompt, equal for prompts that are alike, shape (M,); None if all are.
+
+    Raises:
+        DataError: there are too many strata.
+        ValueError: the forgetting or the shape is wrong.
+    """
+
+    def __init__(self, num_prompts: int, forgetting: float, strata: npt.ArrayLike | None = None) -> None:
+        if not 0 <= forgetting <= 1:
+            raise ValueError(f"forgetting is a share from 0 to 1, not {forgetting}")
+        values_M = np.zeros(num_prompts, dtype=np.int64) if strata is None else np.asarray(strata)
+        if values_M.shape != (num_prompts,):
+            raise ValueError(f"{num_prompts} prompts need as many strata, not the shape {values_M.shape}")
+        self.stratum_values, stratum_M = np.unique(values_M, return_inverse=True)
+        if len(self.stratum_values) > MOST_STRATA:
+            raise DataError(
+                f"`allocation.strata` divides the prompts into {len(self.stratum_values)} kinds",
+                why=f"a kind is known by its prompts, and {MOST_STRATA} kinds are the most",
+                fix="name a column with few values, such as a level or a source",
+            )
+        self.forgetting = forgetting
+        self.stratum_M = stratum_M.astype(np.int16)
+        self.successes_M = np.zeros(num_prompts, dtype=np.float32)
+        self.failures_M = np.zeros(num_prompts, dtype=np.float32)
+        self.last_seen_M = np.full(num_prompts, NEVER, dtype=np.int32)
+        self.rows_M = np.zeros(num_prompts, dtype=np.float32)  # behind the mean length, scored or not
+        self.length_M = np.zeros(num_prompts, dtype=np.float32)
+        self.prior = PromptPrior(len(self.stratum_values))
+        self.recent_rows_tokens = np.zeros(2)  # of the last batches, as the prior
+        self._seen, self._drift = 0, float("nan")
+
+    def observe(
+        self, indices_N: npt.ArrayLike, successes_N: npt.ArrayLike, lengths_N: npt.ArrayLike, step: int
+    ) -> None:
+        """Take in one batch over all processes, its rows in any order.
+
+        Args:
+            indices_N: the prompt of each row, 0..M-1.
+            successes_N: how far it succeeded, 0 to 1, NaN where it was not scored.
+            lengths_N: completion tokens.
+            step: policy updates before the batch was generated.
+
+        Raises:
+            ValueError: an index or a success out of range, or a step before the prompt's last.
+        """
+        indices_N = self._checked(indices_N)
+        if not len(indices_N):
+            return
+        success_N, length_N = np.asarray(successes_N, dtype=np.float64), np.asarray(lengths_N, dtype=np.float64)
+        scored_N = ~np.isnan(success_N)
+        success_N = np.rint(np.where(scored_N, success_N, 0.0) / GRAIN) * GRAIN
+        if success_N.min() < 0 or success_N.max() > 1:
+            raise ValueError("the success of a row lies in [0, 1]")
+        square_N = np.rint(success_N**2 / GRAIN) * GRAIN
+
+        order_N = np.argsort(indices_N)
+        sorted_N = indices_N[order_N]
+        starts_P = np.flatnonzero(np.diff(sorted_N, prepend=-1))
+        prompts_P = sorted_N[starts_P]
+        rows_P = np.diff(starts_P, append=len(sorted_N)).astype(np.float64)
+        count_P, success_P, square_P, length_P = (
+            np.add.reduceat(values_N[order_N], starts_P, dtype=np.float64)
+            for values_N in (scored_N, success_N, square_N, length_N)
+        )
+        kept_P = self._kept(prompts_P, step)
+        self._compare(prompts_P, kept_P, count_P, success_P, square_P)
+        self._add(prompts_P, kept_P, count_P, success_P, rows_P, length_P)
+        self.last_seen_M[prompts_P] = step
+        self.recent_rows_tokens = MEMORY * self.recent_rows_tokens + [rows_P.sum(), length_P.sum()]
+
+    def _compare(self, prompts_P: Ints, kept_P: Floats, count_P: Floats, success_P: Floats, square_P: Floats) -> None:
+        """See how far the scored prompts are from what was believed of them, and move the prior."""
+        scored_P = count_P > 0
+        prompts_P, count_P, kept_P = prompts_P[scored_P], count_P[scored_P], kept_P[scored_P]
+        rate_P = success_P[scored_P] / count_P
+        a_P, b_P = self._posterior(prompts_P, kept_P)
+        again_P = self.last_seen_M[prompts_P] != NEVER
+        self._drift = float((rate_P - a_P / (a_P + b_P))[again_P].mean()) if again_P.any() else float("nan")
+        squares_P = np.maximum(square_P[scored_P] - count_P * rate_P**2, 0.0)
+        self.prior.observe(self.stratum_M[prompts_P], count_P, rate_P, squares_P / np.maximum(count_P - 1, 1))
+
+    def _add(
+        self, prompts_P: Ints, kept_P: Floats, count_P: Floats, success_P: Floats, rows_P: Floats, length_P: Floats
+    ) -> None:
+        """Forget, and count what is new."""
+        old_rows_P = kept_P * self.rows_M[prompts_P]
+        self.length_M[prompts_P] = (old_rows_P * self.length_M[prompts_P] + length_P) / (old_rows_P + rows_P)
+        self.rows_M[prompts_P] = old_rows_P + rows_P
+        self.successes_M[prompts_P] = kept_P * self.successes_M[prompts_P] + success_P
+        self.failures_M[prompts_P] = kept_P * self.failures_M[prompts_P] + (count_P - success_P)
+        self._seen += int((self.last_seen_M[prompts_P] == NEVER).sum())
+
+    def belief(self, indices_P: npt.ArrayLike, step: int) -> tuple[Floats, Floats]:
+        """The a and b of the Beta beliefs, as of a number of policy updates: (P,) -> (P,), (P,).
+
+        Raises:
+            ValueError: an index out of range, or a step before the prompt's last.
+        """
+        indices_P = self._checked(indices_P)
+        return self._posterior(indices_P, self._kept(indices_P, step))
+
+    def success_rates(self, indices_P: npt.ArrayLike) -> Floats:
+        """Mean success of each prompt's counts, NaN where there are none: (P,) -> (P,).
+
+        Forgetting does not change it until the prompt is tried again; with forgetting 1 it is that of the last visit.
+        """
+        indices_P = self._checked(indices_P)
+        successes_P, failures_P = self.successes_M[indices_P].astype(np.float64), self.failures_M[indices_P]
+        counts_P = successes_P + failures_P
+        return np.divide(successes_P, counts_P, out=np.full_like(counts_P, np.nan), where=counts_P > 0)
+
+    def expected_lengths(self, indices_P: npt.ArrayLike) -> Floats:
+        """Mean completion tokens of each prompt; for one never tried, of the last batches: (P,) -> (P,).
+
+        Before the first batch they are all 0.
+        """
+        indices_P = self._checked(indices_P)
+        rows, tokens = self.recent_rows_tokens
+        recent = tokens / rows if rows else 0.0
+        return np.where(self.rows_M[indices_P] > 0, self.length_M[indices_P].astype(np.float64), recent)
+
+    def retired(self, indices_P: npt.ArrayLike, at: float, rollouts: float = 8) -> npt.NDArray[np.bool_]:
+        """Whether a prompt is solved well enough to leave the pool: (P,) -> (P,) bool.
+
+        It is when its posterior mean is `at` or more, with `rollouts` counts at least, both as they stood when it was
+        last tried: a prompt that is no longer tried does not come back because its counts are forgotten.
+        """
+        indices_P = self._checked(indices_P)
+        a_P, b_P = self._posterior(indices_P, np.ones(len(indices_P)))
+        counts_P = self.successes_M[indices_P].astype(np.float64) + self.failures_M[indices_P]
+        return (a_P / (a_P + b_P) >= at) & (counts_P >= rollouts)
+
+    def metrics(self) -> dict[str, float]:
+        """Share of prompts tried so far, the prior of all prompts (`prior_fitted` 0: Beta(1/2, 1/2) for want of data).
+
+        `drift` is the mean success less the mean believed before, over the prompts of the last batch that had been
+        tried earlier: how far the policy has moved on; NaN without such prompts.
+        """
+        a, b = self.prior.population()
+        return {
+            "ledger/seen": self._seen / max(len(self.last_seen_M), 1),
+            "ledger/prior_a": a,
+            "ledger/prior_b": b,
+            "ledger/prior_fitted": float(self.prior.fitted),
+            "ledger/drift": self._drift,
+        }
+
+    def _checked(self, indices: npt.ArrayLike) -> Ints:
+        indices = np.asarray(indices, dtype=np.int64)
+        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self.last_seen_M):
+            raise ValueError(f"prompts are numbered 0 to {len(self.last_seen_M) - 1}")
+        return indices
+
+    def _kept(self, indices_P: Ints, step: int) -> Floats:
+        """The share of the counts of each prompt that is not forgotten at a step; anything for one never tried."""
+        last_P = self.last_seen_M[indices_P]
+        if len(last_P) and last_P.max() > step:
+            raise ValueError(f"step {step} is before step {last_P.max()}, at which one of the prompts was tried")
+        return np.power(1.0 - self.forgetting, step - last_P)
+
+    def _posterior(self, indices_P: Ints, kept_P: Floats) -> tuple[Floats, Floats]:
+        a_H, b_H = self.prior.strata()
+        stratum_P = self.stratum_M[indices_P]
+        a_P = a_H[stratum_P] + kept_P * self.successes_M[indices_P]
+        return a_P, b_H[stratum_P] + kept_P * self.failures_M[indices_P]
+
+    def state_dict(self) -> dict[str, npt.NDArray]:
+        """Everything but the recipe's part, as arrays."""
+        return {
+            "successes": self.successes_M,
+            "failures": self.failures_M,
+            "last_seen": self.last_seen_M,
+            "rows": self.rows_M,
+            "length": self.length_M,
+            "stratum": self.stratum_M,
+            "prior": self.prior.sums_HS,
+            "recent_rows_tokens": self.recent_rows_tokens,
+        }
+
+    def load_state_dict(self, state: dict[str, npt.NDArray]) -> None:
+        """Go on from `state_dict`.
+
+        Raises:
+            RunError: the state is of other prompts or strata, or no state of a ledger.
+        """
+        fix = "resume with the data of the run, or start a new one"
+        for name, mine in self.state_dict().items():
+            if name not in state or state[name].dtype != mine.dtype or not np.isfinite(state[name]).all():
+                raise RunError(f"the checkpoint's ledger has no usable `{name}`", fix="resume from another checkpoint")
+            if state[name].shape != mine.shape:
+                why = f"`{name}` has the shape {state[name].shape}, not {mine.shape}"
+                raise RunError("the checkpoint's ledger is of other data", why, fix)
+        if not np.array_equal(state["stratum"], self.stratum_M):
+            raise RunError("the checkpoint's ledger divides the prompts otherwise (`allocation.strata`)", fix=fix)
+        self.successes_M, self.failures_M = state["successes"].copy(), state["failures"].copy()
+        self.last_seen_M, self.rows_M = state["last_seen"].copy(), state["rows"].copy()
+        self.length_M, self.prior.sums_HS = state["length"].copy(), state["prior"].copy()
+        self.recent_rows_tokens = state["recent_rows_tokens"].copy()
+        self._seen, self._drift = int((self.last_seen_M != NEVER).sum()), float("nan")
+
+    def save(self, path: Path) -> None:
+        """Write the ledger as safetensors, whole or not at all."""
+        write_whole(path, save(self.state_dict()))
+
+    def load(self, path: Path) -> None:
+        """Go on from what `save` wrote.
+
+        Raises:
+            RunError: the file cannot be read, or is of other prompts or strata.
+        """
+        try:
+            state = load(path.read_bytes())
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"cannot read the ledger {path}", str(error), "resume from another checkpoint") from None
+        self.load_state_dict(state)

@@ -1,0 +1,328 @@
+"""What is known of prompts: beliefs after known outcomes, forgetting, order, memory, and the file."""
+
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from rlbal.errors import DataError, RunError
+from rlbal.prompts.ledger import PromptLedger
+
+NAN = math.nan
+
+
+def observe(ledger, outcomes, step, length=10):
+    """Observe {prompt: [success of each rollout]}."""
+    rows = [(prompt, success) for prompt, successes in outcomes.items() for success in successes]
+    indices, successes = zip(*rows, strict=True)
+    ledger.observe(indices, successes, np.full(len(rows), length), step)
+
+
+def belief(ledger, prompt, step):
+    (a,), (b,) = ledger.belief([prompt], step)
+    return a, b
+
+
+def random_batch(generator, prompts, rows):
+    indices = generator.choice(prompts, rows)
+    successes = np.where(generator.random(rows) < 0.1, NAN, generator.random(rows))
+    return indices, successes, generator.integers(1, 400, rows)
+
+
+# Beliefs
+
+
+def test_before_anything_is_seen_the_belief_is_one_half():
+    assert belief(PromptLedger(3, 0.1), 2, step=0) == (0.5, 0.5)
+
+
+def test_successes_and_failures_are_counted_at_once():
+    """The next allocation must know the batch just finished, not the one before it."""
+    ledger = PromptLedger(3, forgetting=0.1)
+    observe(ledger, {1: [1, 1, 0, 1], 2: [0, 0]}, step=5)
+    assert belief(ledger, 1, step=5) == (3.5, 1.5)
+    assert belief(ledger, 2, step=5) == (0.5, 2.5)
+    assert belief(ledger, 0, step=5) == (0.5, 0.5)
+
+
+def test_forgetting_by_hand():
+    ledger = PromptLedger(1, forgetting=0.5)
+    observe(ledger, {0: [1, 1, 1, 0]}, step=2)
+    assert belief(ledger, 0, step=3) == (0.5 + 1.5, 0.5 + 0.5)  # 3 and 1 after one update
+    assert belief(ledger, 0, step=4) == (0.5 + 0.75, 0.5 + 0.25)
+    observe(ledger, {0: [0, 0]}, step=4)
+    assert belief(ledger, 0, step=4) == (0.5 + 0.75, 0.5 + 2.25)
+    assert belief(ledger, 0, step=5) == (0.5 + 0.375, 0.5 + 1.125)
+
+
+def test_reading_changes_nothing():
+    ledger = PromptLedger(1, forgetting=0.5)
+    observe(ledger, {0: [1, 1]}, step=0)
+    assert belief(ledger, 0, step=9) == belief(ledger, 0, step=9)
+    assert belief(ledger, 0, step=0) == (2.5, 0.5)
+
+
+def test_without_forgetting_everything_stays():
+    ledger = PromptLedger(1, forgetting=0)
+    for step in range(100):
+        observe(ledger, {0: [1, 0, 0]}, step)
+    assert belief(ledger, 0, step=1000) == (100.5, 200.5)
+
+
+def test_forgetting_everything_leaves_the_last_visit():
+    ledger = PromptLedger(2, forgetting=1)
+    observe(ledger, {0: [1, 1, 1, 1], 1: [1]}, step=0)
+    observe(ledger, {0: [1, 0, 0, 0]}, step=1)
+    assert ledger.success_rates([0, 1]).tolist() == [0.25, 1.0]
+    assert belief(ledger, 0, step=2) == (0.5, 0.5)
+
+
+def test_graded_and_missing_successes():
+    ledger = PromptLedger(2, forgetting=0)
+    observe(ledger, {0: [0.25, NAN, 0.5], 1: [NAN, NAN]}, step=0)
+    assert belief(ledger, 0, step=0) == (0.5 + 0.75, 0.5 + 1.25)
+    assert belief(ledger, 1, step=0) == (0.5, 0.5)
+    np.testing.assert_array_equal(ledger.success_rates([0, 1]), [0.375, NAN])
+    assert ledger.last_seen_M.tolist() == [0, 0]
+
+
+def test_a_prompt_never_seen_inherits_what_its_like_has_shown():
+    ledger = PromptLedger(102, forgetting=0, strata=[7] * 51 + [-3] * 51)
+    solved = {prompt: [1, 1, 1, prompt % 2] for prompt in range(50)}
+    failed = {51 + prompt: [0, 0, 0, prompt % 2] for prompt in range(50)}
+    observe(ledger, solved | failed, step=0)
+    a_P, b_P = ledger.belief([50, 101], step=0)
+    easy, hard = a_P / (a_P + b_P)
+    # Means 7/8 and 1/8, 50 prompts each, with the mean of all, 1/2, as 16 more.
+    assert easy == pytest.approx((50 * 7 / 8 + 16 / 2) / 66)
+    assert hard == pytest.approx((50 * 1 / 8 + 16 / 2) / 66)
+
+
+# Batches
+
+
+def test_rows_may_come_in_any_order():
+    generator = np.random.default_rng(0)
+    batches = [random_batch(generator, 40, 500) for _ in range(4)]
+    ledgers = [PromptLedger(40, 0.1, np.arange(40) % 3) for _ in range(2)]
+    for step, batch in enumerate(batches):
+        order = generator.permutation(500)
+        ledgers[0].observe(*batch, step)
+        ledgers[1].observe(*(values[order] for values in batch), step)
+    first, second = (ledger.state_dict() for ledger in ledgers)
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+    assert ledgers[0].metrics() == ledgers[1].metrics()
+
+
+def test_a_batch_touches_its_own_prompts_alone():
+    generator = np.random.default_rng(1)
+    ledger = PromptLedger(40, 0.1)
+    ledger.observe(*random_batch(generator, 40, 500), 0)
+    before = {name: values.copy() for name, values in ledger.state_dict().items()}
+    ledger.observe(*random_batch(generator, 20, 100), 7)
+    after = ledger.state_dict()
+    for name in ("successes", "failures", "last_seen", "rows", "length", "stratum"):
+        np.testing.assert_array_equal(after[name][20:], before[name][20:])
+    assert (after["last_seen"][:20] == 7).all()
+
+
+def test_an_empty_batch_is_none():
+    ledger = PromptLedger(2, 0.1)
+    ledger.observe([], [], [], 0)
+    assert ledger.metrics()["ledger/seen"] == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (([2], [1.0], [5], 3), "numbered 0 to 1"),
+        (([-1], [1.0], [5], 3), "numbered 0 to 1"),
+        (([0], [1.1], [5], 3), r"lies in \[0, 1\]"),
+        (([0], [-0.1], [5], 3), r"lies in \[0, 1\]"),
+        (([0], [math.inf], [5], 3), r"lies in \[0, 1\]"),
+        (([0], [1.0], [5], 1), "step 1 is before step 2"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_leaves_the_ledger_alone(rows, message):
+    ledger = PromptLedger(2, 0.1)
+    observe(ledger, {0: [1]}, step=2)
+    with pytest.raises(ValueError, match=message):
+        ledger.observe(*rows)
+    assert belief(ledger, 0, step=2) == (1.5, 0.5)
+
+
+# Lengths
+
+
+def test_lengths_are_means_and_those_of_prompts_never_tried_of_all_rows():
+    ledger = PromptLedger(3, forgetting=0.5)
+    assert ledger.expected_lengths([0, 2]).tolist() == [0, 0]
+    ledger.observe([0, 0, 1], [1, NAN, 0], [10, 30, 80], 0)
+    assert ledger.expected_lengths([0, 1, 2]).tolist() == [20, 80, 40]
+    ledger.observe([0], [1], [50], 1)
+    # Prompt 0: 2 rows of 20 count half, as 1 of 20, and 1 of 50. All: 3 rows of 120 count by 0.9, and 1 of 50.
+    assert ledger.expected_lengths([0, 2]).tolist() == [35, pytest.approx((0.9 * 120 + 50) / (0.9 * 3 + 1))]
+
+
+# Retirement
+
+
+def test_a_prompt_retires_at_its_mean_with_enough_rollouts():
+    ledger = PromptLedger(5, forgetting=0)
+    observe(ledger, {0: [1] * 8, 1: [1] * 7, 2: [1] * 8 + [0], 3: [1] * 7 + [NAN]}, step=0)
+    # 8.5/9 = .944 of 8; 7 are too few; 8.5/10 = .85; 7 scored; none.
+    assert ledger.retired(range(5), at=0.9).tolist() == [True, False, False, False, False]
+    assert ledger.retired(range(5), at=0.85).tolist() == [True, False, True, False, False]
+    assert ledger.retired(range(5), at=0.9, rollouts=7).tolist() == [True, True, False, True, False]
+
+
+def test_a_retired_prompt_does_not_return_by_being_forgotten_but_by_failing():
+    ledger = PromptLedger(2, forgetting=0.5)
+    observe(ledger, {0: [1] * 8}, step=0)
+    observe(ledger, {1: [0]}, step=50)
+    assert ledger.retired([0], at=0.9).all()
+    observe(ledger, {0: [0] * 8}, step=51)
+    assert not ledger.retired([0], at=0.9).any()
+
+
+# Metrics
+
+
+def test_metrics_by_hand():
+    ledger = PromptLedger(4, forgetting=0)
+    assert ledger.metrics() == {
+        "ledger/seen": 0,
+        "ledger/prior_a": 0.5,
+        "ledger/prior_b": 0.5,
+        "ledger/prior_fitted": 0,
+        "ledger/drift": pytest.approx(NAN, nan_ok=True),
+    }
+    observe(ledger, {0: [0, 0, 0], 1: [1, 1, 1]}, step=0)
+    assert ledger.metrics()["ledger/seen"] == 0.5 and math.isnan(ledger.metrics()["ledger/drift"])
+    observe(ledger, {0: [1, 1], 1: [1, 1], 2: [0, 0]}, step=1)
+    # Believed were 0.5/4 and 3.5/4, seen are 1 and 1; prompt 2 is new.
+    assert ledger.metrics()["ledger/drift"] == pytest.approx((7 / 8 + 1 / 8) / 2)
+    assert ledger.metrics()["ledger/seen"] == 0.75
+
+
+# Memory
+
+
+def test_a_million_prompts_take_less_than_64_megabytes():
+    ledger = PromptLedger(1_000_000, 0.01, np.arange(1_000_000) % 1000)
+    ledger.observe(np.arange(8192), np.ones(8192), np.full(8192, 100), 0)
+    held = [*vars(ledger).values(), *vars(ledger.prior).values()]
+    arrays = [value for value in held if isinstance(value, np.ndarray)]
+    assert sum(array.nbytes for array in arrays) <= 64e6
+    assert all(array.base is None or array.base.nbytes == array.nbytes for array in arrays)  # no view of more
+    assert {array.size for array in arrays} >= {1_000_000}
+    assert len(save(ledger.state_dict())) <= 64e6
+
+
+# Strata
+
+
+def test_too_many_strata_are_refused():
+    PromptLedger(1000, 0.1, np.arange(1000))
+    with pytest.raises(DataError, match=r"`allocation.strata` divides the prompts into 1001 kinds"):
+        PromptLedger(1001, 0.1, np.arange(1001))
+
+
+def test_what_cannot_be_a_ledger_is_refused():
+    with pytest.raises(ValueError, match="3 prompts need as many strata"):
+        PromptLedger(3, 0.1, [0, 1])
+    with pytest.raises(ValueError, match="share from 0 to 1"):
+        PromptLedger(3, 1.5)
+
+
+# The file
+
+
+def filled(strata=(0, 0, 1, 1), forgetting=0.1):
+    ledger = PromptLedger(4, forgetting, strata)
+    for step in range(20):
+        ledger.observe(*random_batch(np.random.default_rng(step), 3, 30), step)
+    return ledger
+
+
+def test_a_ledger_goes_on_from_its_file_as_if_never_stopped(tmp_path):
+    ledger, again = filled(), PromptLedger(4, 0.1, (0, 0, 1, 1))
+    ledger.save(tmp_path / "ledger.safetensors")
+    again.load(tmp_path / "ledger.safetensors")
+    batch = random_batch(np.random.default_rng(99), 4, 30)
+    for one in (ledger, again):
+        one.observe(*batch, 25)
+    assert ledger.prior.fitted and ledger.metrics() == again.metrics()
+    for mine, its in zip(ledger.belief(range(4), 30), again.belief(range(4), 30), strict=True):
+        np.testing.assert_array_equal(mine, its)
+    for name, values in ledger.state_dict().items():
+        np.testing.assert_array_equal(again.state_dict()[name], values)
+
+
+def test_a_loaded_state_is_not_shared():
+    ledger, again = filled(), PromptLedger(4, 0.1, (0, 0, 1, 1))
+    again.load_state_dict(ledger.state_dict())
+    before = belief(ledger, 0, step=19)
+    observe(again, {0: [1] * 50}, step=19)
+    assert belief(ledger, 0, step=19) == before
+
+
+@pytest.mark.parametrize(
+    ("ledger", "message"),
+    [
+        (PromptLedger(5, 0.1, (0, 0, 1, 1, 1)), r"of other data\nWhy: `successes` has the shape \(4,\), not \(5,\)"),
+        (PromptLedger(4, 0.1), r"of other data\nWhy: `prior` has the shape \(2, 7\), not \(1, 7\)"),
+        (PromptLedger(4, 0.1, (0, 1, 0, 1)), "divides the prompts otherwise"),
+    ],
+)
+def test_a_file_of_other_prompts_is_refused(tmp_path, ledger, message):
+    filled().save(tmp_path / "ledger.safetensors")
+    with pytest.raises(RunError, match=message):
+        ledger.load(tmp_path / "ledger.safetensors")
+    assert ledger.metrics()["ledger/seen"] == 0
+
+
+def test_a_file_that_is_cut_off_or_missing_or_something_else_is_named(tmp_path):
+    path = tmp_path / "ledger.safetensors"
+    ledger = filled()
+    with pytest.raises(RunError, match=r"cannot read the ledger .*ledger.safetensors"):
+        ledger.load(path)
+    ledger.save(path)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(RunError, match="cannot read the ledger"):
+        ledger.load(path)
+    for broken in ({"rows": np.full(4, np.nan, dtype=np.float32)}, {"rows": np.ones(4)}):
+        path.write_bytes(save(ledger.state_dict() | broken))
+        with pytest.raises(RunError, match="no usable `rows`"):
+            ledger.load(path)
+    path.write_bytes(save({"weights": np.ones(4)}))
+    with pytest.raises(RunError, match="no usable `successes`"):
+        ledger.load(path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path, ledger, again = tmp_path / "ledger.safetensors", filled(), PromptLedger(4, 0.1, (0, 0, 1, 1))
+    ledger.save(path)
+    before = belief(ledger, 0, step=40)
+    observe(ledger, {0: [1] * 9}, step=30)
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        ledger.save(path)
+    again.load(path)
+    assert belief(again, 0, step=40) == before
+
+
+@pytest.mark.parametrize("module", ["prompts.ledger", "prompts.allocation", "prompts.dealing", "balance.aggregation"])
+def test_the_module_imports_no_torch(module):
+    code = f"import sys, rlbal.{module}; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "False\n"
