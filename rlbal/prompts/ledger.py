@@ -23,9 +23,11 @@ from rlbal.run import write_whole
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 NEVER = -1
+# What is counted of a prompt, side by side since a batch reads and writes all of it. Rows are all rows, scored or not.
+SUCCESSES, FAILURES, ROWS, TOKENS = range(4)
 MOST_STRATA = 1000
-# Scores are rounded to multiples of this, so that their sums are exact and no order of the rows changes them.
-GRAIN = 2.0**-32
+# Adding this and taking it away again leaves multiples of 2^-32, whose sums are exact in any order of the rows.
+ROUND = 1.5 * 2.0**20
 
 
 class PromptLedger:
@@ -57,13 +59,11 @@ class PromptLedger:
             )
         self.forgetting = forgetting
         self.stratum_M = stratum_M.astype(np.int16)
-        self.successes_M = np.zeros(num_prompts, dtype=np.float32)
-        self.failures_M = np.zeros(num_prompts, dtype=np.float32)
+        self.counts_MC = np.zeros((num_prompts, 4), dtype=np.float32)  # as of the step of `last_seen_M`
         self.last_seen_M = np.full(num_prompts, NEVER, dtype=np.int32)
-        self.rows_M = np.zeros(num_prompts, dtype=np.float32)  # behind the mean length, scored or not
-        self.length_M = np.zeros(num_prompts, dtype=np.float32)
         self.prior = PromptPrior(len(self.stratum_values))
         self.recent_rows_tokens = np.zeros(2)  # of the last batches, as the prior
+        self._place_M = np.zeros(num_prompts, dtype=np.int32)  # for `_group` alone: it need not sort the rows
         self._seen, self._drift = 0, float("nan")
 
     def observe(
@@ -85,47 +85,42 @@ class PromptLedger:
             return
         success_N, length_N = np.asarray(successes_N, dtype=np.float64), np.asarray(lengths_N, dtype=np.float64)
         scored_N = ~np.isnan(success_N)
-        success_N = np.rint(np.where(scored_N, success_N, 0.0) / GRAIN) * GRAIN
+        success_N = (np.where(scored_N, success_N, 0.0) + ROUND) - ROUND
         if success_N.min() < 0 or success_N.max() > 1:
             raise ValueError("the success of a row lies in [0, 1]")
-        square_N = np.rint(success_N**2 / GRAIN) * GRAIN
+        square_N = (success_N**2 + ROUND) - ROUND
 
-        order_N = np.argsort(indices_N)
-        sorted_N = indices_N[order_N]
-        starts_P = np.flatnonzero(np.diff(sorted_N, prepend=-1))
-        prompts_P = sorted_N[starts_P]
-        rows_P = np.diff(starts_P, append=len(sorted_N)).astype(np.float64)
-        count_P, success_P, square_P, length_P = (
-            np.add.reduceat(values_N[order_N], starts_P, dtype=np.float64)
+        prompts_P, group_N = self._group(indices_N)
+        rows_P = np.bincount(group_N).astype(np.float64)
+        count_P, success_P, square_P, tokens_P = (
+            np.bincount(group_N, weights=values_N).astype(np.float64)
             for values_N in (scored_N, success_N, square_N, length_N)
         )
-        kept_P = self._kept(prompts_P, step)
-        self._compare(prompts_P, kept_P, count_P, success_P, square_P)
-        self._add(prompts_P, kept_P, count_P, success_P, rows_P, length_P)
-        self.last_seen_M[prompts_P] = step
-        self.recent_rows_tokens = MEMORY * self.recent_rows_tokens + [rows_P.sum(), length_P.sum()]
-
-    def _compare(self, prompts_P: Ints, kept_P: Floats, count_P: Floats, success_P: Floats, square_P: Floats) -> None:
-        """See how far the scored prompts are from what was believed of them, and move the prior."""
-        scored_P = count_P > 0
-        prompts_P, count_P, kept_P = prompts_P[scored_P], count_P[scored_P], kept_P[scored_P]
-        rate_P = success_P[scored_P] / count_P
-        a_P, b_P = self._posterior(prompts_P, kept_P)
-        again_P = self.last_seen_M[prompts_P] != NEVER
-        self._drift = float((rate_P - a_P / (a_P + b_P))[again_P].mean()) if again_P.any() else float("nan")
-        squares_P = np.maximum(square_P[scored_P] - count_P * rate_P**2, 0.0)
-        self.prior.observe(self.stratum_M[prompts_P], count_P, rate_P, squares_P / np.maximum(count_P - 1, 1))
-
-    def _add(
-        self, prompts_P: Ints, kept_P: Floats, count_P: Floats, success_P: Floats, rows_P: Floats, length_P: Floats
-    ) -> None:
-        """Forget, and count what is new."""
-        old_rows_P = kept_P * self.rows_M[prompts_P]
-        self.length_M[prompts_P] = (old_rows_P * self.length_M[prompts_P] + length_P) / (old_rows_P + rows_P)
-        self.rows_M[prompts_P] = old_rows_P + rows_P
-        self.successes_M[prompts_P] = kept_P * self.successes_M[prompts_P] + success_P
-        self.failures_M[prompts_P] = kept_P * self.failures_M[prompts_P] + (count_P - success_P)
+        old_PC = self._counts(prompts_P, step)
+        self._compare(prompts_P, old_PC, count_P, success_P, square_P)
+        self.counts_MC[prompts_P] = old_PC + np.stack([success_P, count_P - success_P, rows_P, tokens_P], axis=1)
         self._seen += int((self.last_seen_M[prompts_P] == NEVER).sum())
+        self.last_seen_M[prompts_P] = step
+        self.recent_rows_tokens = MEMORY * self.recent_rows_tokens + [rows_P.sum(), tokens_P.sum()]
+
+    def _group(self, indices_N: Ints) -> tuple[Ints, Ints]:
+        """The prompts of a batch in ascending order, and which of them each row has: (N,) -> (P,), (N,)."""
+        rows_N = np.arange(len(indices_N))
+        self._place_M[indices_N] = rows_N  # of the rows of a prompt, one remains
+        prompts_P = np.sort(indices_N[self._place_M[indices_N] == rows_N])
+        self._place_M[prompts_P] = rows_N[: len(prompts_P)]
+        return prompts_P, self._place_M[indices_N].astype(np.int64)
+
+    def _compare(self, prompts_P: Ints, old_PC: Floats, count_P: Floats, success_P: Floats, square_P: Floats) -> None:
+        """See how far the scored prompts are from what was believed of them, and move the prior."""
+        a_P, b_P = self._posterior(prompts_P, old_PC)
+        scored_P = count_P > 0
+        rate_P = success_P / np.maximum(count_P, 1)
+        again_P = scored_P & (self.last_seen_M[prompts_P] != NEVER)
+        self._drift = float((rate_P - a_P / (a_P + b_P))[again_P].mean()) if again_P.any() else float("nan")
+        variance_P = np.maximum(square_P - count_P * rate_P**2, 0.0) / np.maximum(count_P - 1, 1)
+        stratum_P = self.stratum_M[prompts_P]
+        self.prior.observe(stratum_P[scored_P], count_P[scored_P], rate_P[scored_P], variance_P[scored_P])
 
     def belief(self, indices_P: npt.ArrayLike, step: int) -> tuple[Floats, Floats]:
         """The a and b of the Beta beliefs, as of a number of policy updates: (P,) -> (P,), (P,).
@@ -134,27 +129,26 @@ class PromptLedger:
             ValueError: an index out of range, or a step before the prompt's last.
         """
         indices_P = self._checked(indices_P)
-        return self._posterior(indices_P, self._kept(indices_P, step))
+        return self._posterior(indices_P, self._counts(indices_P, step))
 
     def success_rates(self, indices_P: npt.ArrayLike) -> Floats:
         """Mean success of each prompt's counts, NaN where there are none: (P,) -> (P,).
 
         Forgetting does not change it until the prompt is tried again; with forgetting 1 it is that of the last visit.
         """
-        indices_P = self._checked(indices_P)
-        successes_P, failures_P = self.successes_M[indices_P].astype(np.float64), self.failures_M[indices_P]
-        counts_P = successes_P + failures_P
-        return np.divide(successes_P, counts_P, out=np.full_like(counts_P, np.nan), where=counts_P > 0)
+        counts_PC = self._stored(self._checked(indices_P))
+        scored_P = counts_PC[:, SUCCESSES] + counts_PC[:, FAILURES]
+        return np.divide(counts_PC[:, SUCCESSES], scored_P, out=np.full_like(scored_P, np.nan), where=scored_P > 0)
 
     def expected_lengths(self, indices_P: npt.ArrayLike) -> Floats:
         """Mean completion tokens of each prompt; for one never tried, of the last batches: (P,) -> (P,).
 
         Before the first batch they are all 0.
         """
-        indices_P = self._checked(indices_P)
+        counts_PC = self._stored(self._checked(indices_P))
         rows, tokens = self.recent_rows_tokens
-        recent = tokens / rows if rows else 0.0
-        return np.where(self.rows_M[indices_P] > 0, self.length_M[indices_P].astype(np.float64), recent)
+        recent_P = np.full(len(counts_PC), tokens / rows if rows else 0.0)
+        return np.divide(counts_PC[:, TOKENS], counts_PC[:, ROWS], out=recent_P, where=counts_PC[:, ROWS] > 0)
 
     def retired(self, indices_P: npt.ArrayLike, at: float, rollouts: float = 8) -> npt.NDArray[np.bool_]:
         """Whether a prompt is solved well enough to leave the pool: (P,) -> (P,) bool.
@@ -163,9 +157,9 @@ class PromptLedger:
         last tried: a prompt that is no longer tried does not come back because its counts are forgotten.
         """
         indices_P = self._checked(indices_P)
-        a_P, b_P = self._posterior(indices_P, np.ones(len(indices_P)))
-        counts_P = self.successes_M[indices_P].astype(np.float64) + self.failures_M[indices_P]
-        return (a_P / (a_P + b_P) >= at) & (counts_P >= rollouts)
+        counts_PC = self._stored(indices_P)
+        a_P, b_P = self._posterior(indices_P, counts_PC)
+        return (a_P / (a_P + b_P) >= at) & (counts_PC[:, SUCCESSES] + counts_PC[:, FAILURES] >= rollouts)
 
     def metrics(self) -> dict[str, float]:
         """Share of prompts tried so far, the prior of all prompts (`prior_fitted` 0: Beta(1/2, 1/2) for want of data).
@@ -188,27 +182,27 @@ class PromptLedger:
             raise ValueError(f"prompts are numbered 0 to {len(self.last_seen_M) - 1}")
         return indices
 
-    def _kept(self, indices_P: Ints, step: int) -> Floats:
-        """The share of the counts of each prompt that is not forgotten at a step; anything for one never tried."""
+    def _counts(self, indices_P: Ints, step: int) -> Floats:
+        """What is left of the counts of each prompt at a step: (P, C)."""
         last_P = self.last_seen_M[indices_P]
         if len(last_P) and last_P.max() > step:
             raise ValueError(f"step {step} is before step {last_P.max()}, at which one of the prompts was tried")
-        return np.power(1.0 - self.forgetting, step - last_P)
+        return np.power(1.0 - self.forgetting, step - last_P)[:, None] * self._stored(indices_P)
 
-    def _posterior(self, indices_P: Ints, kept_P: Floats) -> tuple[Floats, Floats]:
+    def _stored(self, indices_P: Ints) -> Floats:
+        """The counts of each prompt as of its last step: (P, C). `take` is several times faster than brackets."""
+        return self.counts_MC.take(indices_P, axis=0).astype(np.float64)
+
+    def _posterior(self, indices_P: Ints, counts_PC: Floats) -> tuple[Floats, Floats]:
         a_H, b_H = self.prior.strata()
         stratum_P = self.stratum_M[indices_P]
-        a_P = a_H[stratum_P] + kept_P * self.successes_M[indices_P]
-        return a_P, b_H[stratum_P] + kept_P * self.failures_M[indices_P]
+        return a_H[stratum_P] + counts_PC[:, SUCCESSES], b_H[stratum_P] + counts_PC[:, FAILURES]
 
     def state_dict(self) -> dict[str, npt.NDArray]:
         """Everything but the recipe's part, as arrays."""
         return {
-            "successes": self.successes_M,
-            "failures": self.failures_M,
+            "counts": self.counts_MC,
             "last_seen": self.last_seen_M,
-            "rows": self.rows_M,
-            "length": self.length_M,
             "stratum": self.stratum_M,
             "prior": self.prior.sums_HS,
             "recent_rows_tokens": self.recent_rows_tokens,
@@ -229,9 +223,8 @@ class PromptLedger:
                 raise RunError("the checkpoint's ledger is of other data", why, fix)
         if not np.array_equal(state["stratum"], self.stratum_M):
             raise RunError("the checkpoint's ledger divides the prompts otherwise (`allocation.strata`)", fix=fix)
-        self.successes_M, self.failures_M = state["successes"].copy(), state["failures"].copy()
-        self.last_seen_M, self.rows_M = state["last_seen"].copy(), state["rows"].copy()
-        self.length_M, self.prior.sums_HS = state["length"].copy(), state["prior"].copy()
+        self.counts_MC, self.last_seen_M = state["counts"].copy(), state["last_seen"].copy()
+        self.prior.sums_HS = state["prior"].copy()
         self.recent_rows_tokens = state["recent_rows_tokens"].copy()
         self._seen, self._drift = int((self.last_seen_M != NEVER).sum()), float("nan")
 

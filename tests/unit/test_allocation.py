@@ -188,6 +188,21 @@ def test_equal_beliefs_differ_by_one_and_every_prompt_can_win(value):
     assert abs(extra_P - 90).max() < 4.5 * 7.9
 
 
+def test_ties_between_numbers_of_rollouts_are_decided_by_lot_too():
+    """E[p(1-p)] is 1/6 for Beta(1, 1) and 1/12 for Beta(1/4, 1/4); the gain at n is that over n (n+1).
+
+    So a fourth rollout of the first kind is worth 1/72, and so is a third one of the second.
+    """
+    kind_P = np.repeat([1.0, 0.25], 20)
+    given = []
+    for seed in range(100):
+        counts_P = posterior_counts("variance", kind_P, kind_P, 2 * 40 + 20 + 10, 2, 128, rng(seed))
+        assert counts_P[:20].min() == 3 and counts_P[:20].max() <= 4 and counts_P[20:].max() <= 3
+        given.append((counts_P[:20] - 3).sum())
+    # 10 of 40 ties are drawn, 20 of them of the first kind: mean 5, deviation 1.39, of the mean of 100 draws 0.139.
+    assert abs(np.mean(given) - 5) < 4.5 * 0.139
+
+
 def test_the_same_seed_gives_the_same_counts_and_another_seed_others():
     belief = np.full(50, 0.5), np.full(50, 0.5)
     first, again, other = (posterior_counts("knapsack", *belief, 425, 2, 128, rng(seed)) for seed in (0, 0, 1))
