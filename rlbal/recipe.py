@@ -18,6 +18,8 @@ from rlbal.balance_sections import (
     AnyWeights,
     FixedWeights,
 )
+from rlbal.budget_checks import check_template
+from rlbal.budget_sections import SCHEDULES, AnyBudget, NoBudgetSection
 from rlbal.errors import RecipeError, nearest
 from rlbal.recipe_file import apply_override, dump_yaml, parse_yaml
 from rlbal.section import Section, UserPath
@@ -26,7 +28,6 @@ from rlbal.sections import (
     AlgorithmSection,
     AllocationSection,
     AnyData,
-    BudgetSection,
     DataSection,
     EvaluationSection,
     FileData,
@@ -49,7 +50,6 @@ __all__ = [
     "AlgorithmSection",
     "AllocationSection",
     "AnyData",
-    "BudgetSection",
     "DataSection",
     "EvaluationSection",
     "FileData",
@@ -76,6 +76,8 @@ ADVANTAGE_PRESETS = {
     "rloo": {"baseline": "leave_one_out", "scale": "none"},
     "reinforce": {"baseline": "none", "scale": "none"},
 }
+# Section -> the key that chooses among its kinds, and what it may say.
+CHOICES = {"weighting": ("method", METHODS), "budget": ("schedule", SCHEDULES), "data": ("source", SOURCES)}
 
 
 class Recipe(Section):
@@ -89,7 +91,7 @@ class Recipe(Section):
     rewards: RewardsSection
     weighting: AnyWeights = Field(default_factory=FixedWeights)
     advantage: AdvantageSection = Field(default_factory=AdvantageSection)
-    budget: BudgetSection = Field(default_factory=BudgetSection)
+    budget: AnyBudget = Field(default_factory=NoBudgetSection)
     allocation: AllocationSection = Field(default_factory=AllocationSection)
     lora: dict[str, Any] | None = Field(
         default=None, description="Fields of peft's LoraConfig; leave out for full training."
@@ -115,12 +117,19 @@ class Recipe(Section):
             filled["beta"] = {}
         if isinstance(values.get("weighting"), dict):
             values["weighting"] = {"method": "fixed", **values["weighting"]}
+        if isinstance(values.get("budget"), dict):
+            values["budget"] = {"schedule": "none", **values["budget"]}
         return {**values, "advantage": filled}
 
     @model_validator(mode="after")
     def _balance_possible(self) -> Self:
         check_weighting(self)
         check_advantage(self)
+        return self
+
+    @model_validator(mode="after")
+    def _budget_possible(self) -> Self:
+        check_template(self)
         return self
 
     @model_validator(mode="after")
@@ -170,12 +179,9 @@ def _message(error: ValidationError, raw: Any) -> str:
             shown = "; put quotes around text that starts with {"
         text, key = item["msg"] + shown, ".".join(path)
         if item["type"] in ("union_tag_not_found", "union_tag_invalid"):
-            if item["loc"][-1] == "weighting":
-                method = here.get("method")
-                key, text = f"{key}.method", f"{method!r} is no method of weighting. {nearest(str(method), METHODS)}"
-            else:
-                source = here.get("source")
-                key, text = f"{key}.source", f"{source!r} is no source of data. {nearest(str(source), SOURCES)}"
+            name, options = CHOICES[str(item["loc"][-1])]
+            chosen = here.get(name)
+            key, text = f"{key}.{name}", f"{chosen!r} is no {name} of {key}. {nearest(str(chosen), options)}"
         if item["type"] in ("model_type", "dict_type", "model_attributes_type"):
             text = "this is a section: give it keys of its own" + shown
         lines.append(f"`{key}`: {text}" if key else text)

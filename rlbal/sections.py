@@ -206,12 +206,6 @@ class RewardsSection(Section):
         return self.success or next(iter(self.functions))
 
 
-class BudgetSection(Section):
-    """Token budgets for completions over time."""
-
-    schedule: Literal["none"] = "none"
-
-
 class AllocationSection(Section):
     """How many rollouts each prompt gets."""
 

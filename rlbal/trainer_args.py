@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from rlbal.balance_checks import check_probe
 from rlbal.batch_plan import BatchPlan, plan_batches
+from rlbal.budget_checks import check_budget
 from rlbal.errors import RecipeError, nearest
 from rlbal.recipe import Recipe
 from rlbal.speed import check_speed
@@ -245,8 +246,8 @@ def bind_trainer(recipe: Recipe) -> "tuple[GRPOConfig, BatchPlan]":
     Sizes are those of `launch.num_processes`, simulated as one process with as many times the rows.
 
     Raises:
-        RecipeError: what the checks here, GRPOConfig, `check_speed` or `lora_config` refuse, or an accelerate
-            configuration that does not exist or is none.
+        RecipeError: what the checks here, GRPOConfig, `check_budget`, `check_speed` or `lora_config` refuse, or an
+            accelerate configuration that does not exist or is none.
     """
     from rlbal.launch import accelerate_config, read_accelerate_config
     from rlbal.model import lora_config
@@ -254,6 +255,7 @@ def bind_trainer(recipe: Recipe) -> "tuple[GRPOConfig, BatchPlan]":
     trainer = validate_trainer(recipe.trainer)
     plan = plan_batches(recipe, with_defaults(trainer), recipe.launch.num_processes)
     check_generation(recipe, trainer)
+    check_budget(recipe, with_defaults(trainer))
     kwargs = config_kwargs(recipe, trainer, plan)
     kwargs["per_device_train_batch_size"] = plan.per_device * plan.num_processes
     kwargs["use_cpu"] = True
@@ -290,6 +292,7 @@ def training_args(recipe: Recipe, num_processes: int) -> "tuple[GRPOConfig, Batc
     trainer = validate_trainer(recipe.trainer)
     plan = plan_batches(recipe, with_defaults(trainer), num_processes)
     check_generation(recipe, trainer)
+    check_budget(recipe, with_defaults(trainer))
     kwargs = config_kwargs(recipe, trainer, plan)
     if not torch.accelerator.is_available():
         kwargs["use_cpu"] = True

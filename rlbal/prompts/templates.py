@@ -4,19 +4,20 @@ A template is text with `{column}` fields and nothing else: no attributes, no in
 specifications. `{{` and `}}` are literal braces. The text of a row is put in as it is and never read as a template.
 
 `{token_budget}` is no column: it stays in the prompt as these very characters, and whoever renders a length budget
-replaces it later. That step should look at whether the *template* holds the field, since a row's own text may hold
-the same characters.
+replaces it later (`rlbal.prompts.budget`). Where a template holds the field, no row's own text may hold the same
+characters.
 """
 
 from itertools import repeat
 from string import Formatter
 from typing import Any
 
+from rlbal.budget_checks import has_budget_field
+from rlbal.budget_sections import TOKEN_BUDGET
 from rlbal.errors import DataError, nearest
+from rlbal.prompts.budget import PLACEHOLDER
 from rlbal.prompts.sources import Source
 from rlbal.recipe import DataSection
-
-TOKEN_BUDGET = "token_budget"
 
 Messages = list[dict[str, str]]
 Pieces = list[tuple[str, str | None]]
@@ -59,7 +60,7 @@ def render_template(template: str, key: str, source: Source) -> list[str]:
     for literal, field in parse_template(template, key):
         columns.append(repeat(literal, len(source.dataset)))
         if field == TOKEN_BUDGET:
-            columns.append(repeat("{token_budget}", len(source.dataset)))
+            columns.append(repeat(PLACEHOLDER, len(source.dataset)))
         elif field is not None:
             require_column(source, field, f"the field `{{{field}}}` of `{key}`")
             columns.append(_texts(source, field, key))
@@ -73,8 +74,16 @@ def render_prompts(source: Source, data: DataSection) -> list[Any]:
     column `question`, so that datasets made for TRL need no template.
 
     Raises:
-        DataError: see `render_template`; an empty prompt; messages that are not role and text.
+        DataError: see `render_template`; an empty prompt; messages that are not role and text; a row that holds
+            `{token_budget}` itself where a template does.
     """
+    prompts = _render(source, data)
+    if has_budget_field(data):
+        _refuse_own_placeholders(prompts, source, data)
+    return prompts
+
+
+def _render(source: Source, data: DataSection) -> list[Any]:
     if _uses_prompt_column(source, data):
         made_by, raw = "column `prompt`", source.dataset["prompt"][:]
     else:
@@ -94,6 +103,20 @@ def render_prompts(source: Source, data: DataSection) -> list[Any]:
             raise DataError(f"{source.row_name(index)}: the system prompt is empty", fix="fill or drop `data.system`")
         prompts[index] = [{"role": "system", "content": system}, *prompts[index]]
     return prompts
+
+
+def _refuse_own_placeholders(prompts: list[Any], source: Source, data: DataSection) -> None:
+    """Refuse rows in which more would be replaced by the budget than the templates' own fields."""
+    templates = {"data.system": data.system or "", "data.prompt": data.prompt}
+    fields = [field for key, template in templates.items() for _, field in parse_template(template, key)]
+    for index, prompt in enumerate(prompts):
+        text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+        if text.count(PLACEHOLDER) > fields.count(TOKEN_BUDGET):
+            raise DataError(
+                f"{source.row_name(index)}: the prompt holds `{PLACEHOLDER}` more often than the templates do, and the "
+                "budget would take its place there too",
+                fix="change or remove the row's text, or the `{{token_budget}}` of a template",
+            )
 
 
 def require_column(source: Source, column: str, user: str) -> None:

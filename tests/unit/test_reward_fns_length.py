@@ -20,6 +20,20 @@ def test_band_by_hand() -> None:
     assert band(TEXTS, IDS, target_tokens=10) == pytest.approx([1, 1, 1, 0.5, 0, 0], abs=1e-12)
 
 
+def test_around_an_odd_target() -> None:
+    # L = 87: 43/87, 87/87, 1 - 1/87, 1 - 86/87, 1 - 87/87. One token short of twice the target still earns something.
+    ids = [[7] * length for length in (43, 87, 88, 173, 174)]
+    assert triangular([""] * 5, ids, target_tokens=87) == pytest.approx([43 / 87, 1, 86 / 87, 1 / 87, 0], abs=1e-12)
+    assert band([""] * 5, ids, target_tokens=87) == pytest.approx([1, 1, 86 / 87, 1 / 87, 0], abs=1e-12)
+
+
+def test_each_row_has_the_budget_of_its_prompt() -> None:
+    # 100 tokens against L = 200, 100 and 80: 100/200, 100/100, 1 - 20/80
+    ids, budgets = [[7] * 100] * 3, [200, 100, 80]
+    assert triangular([""] * 3, ids, token_budget=budgets) == pytest.approx([0.5, 1, 0.75])
+    assert band([""] * 3, ids, token_budget=budgets) == pytest.approx([1, 1, 0.75])
+
+
 def test_the_column_wins_over_the_argument() -> None:
     # L = 20 for the first row, 5 for the second: 10/20 and 1 - (8 - 5)/5
     scores = triangular(["", ""], [[1] * 10, [1] * 8], target_tokens=10, token_budget=[20, 5])
