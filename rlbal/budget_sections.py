@@ -128,7 +128,9 @@ class AdaptiveSection(DecayingSection):
 
     schedule: Literal["adaptive"]
     levels: int = Field(default=8, ge=2, description="Budgets from `start` to `end`, each smaller by an equal factor.")
-    window: int = Field(default=10, ge=1, description="Optimizer steps whose mean accuracy decides on the next budget.")
+    window: int = Field(
+        default=10, ge=1, description="Generation batches whose mean accuracy decides on the next budget."
+    )
     tolerance: float = Field(
         default=0.03,
         gt=0,

@@ -99,14 +99,13 @@ class Budget(ABC):
     def tokens(self, step: int) -> int | None:
         """The budget B(t) in tokens for rollouts generated after so many optimizer steps, or None."""
 
-    def observe(self, accuracy: float, step: int) -> None:
+    def observe(self, accuracy: float) -> None:
         """Learn how a generation batch went; once per batch, after `tokens` was asked for it.
 
         Args:
             accuracy: mean of its success reward, mapped to [0, 1]; NaN if no row has one.
-            step: optimizer steps done when it was generated.
         """
-        del accuracy, step  # most budgets follow the steps alone
+        del accuracy  # most budgets follow the steps alone
 
     def metrics(self) -> dict[str, float]:
         """What metrics.jsonl says besides the budget itself."""
@@ -156,7 +155,7 @@ class DecayedBudget(Budget):
 class AdaptiveBudget(Budget):
     """`budget.schedule: adaptive`: tighter while accuracy holds, looser when it falls. Ours, not the paper's.
 
-    After every `window` optimizer steps the mean accuracy a of their batches, all generated at the present budget, is
+    After every `window` generation batches their mean accuracy a, all generated at the present budget, is
     compared with the best such mean so far, this one included:
 
         best − a ≤ tolerance        tightened: one level down (at_end: it is the last level already)
@@ -172,15 +171,15 @@ class AdaptiveBudget(Budget):
 
     Args:
         levels: budgets in tokens, falling.
-        window: optimizer steps per decision.
+        window: generation batches per decision.
         tolerance: in accuracy.
     """
 
     def __init__(self, levels: list[int], window: int, tolerance: float) -> None:
         self.levels, self.window, self.tolerance = levels, window, tolerance
         self.level = 0
-        self.since = 0  # the step at which the present window began
-        self.accuracies: list[float] = []
+        self.batches = 0  # in the present window
+        self.accuracies: list[float] = []  # of those that have one
         self.best: float | None = None
         self.reason: Reason = "waiting"
 
@@ -188,15 +187,16 @@ class AdaptiveBudget(Budget):
         del step
         return self.levels[self.level]
 
-    def observe(self, accuracy: float, step: int) -> None:
+    def observe(self, accuracy: float) -> None:
+        self.batches += 1
         if not math.isnan(accuracy):
             self.accuracies.append(accuracy)
-        if step + 1 - self.since < self.window:
+        if self.batches < self.window:
             self.reason = "waiting"
             return
         self.reason = self._decide()
         self.level += {"tightened": 1, "loosened": -1}.get(self.reason, 0)
-        self.since, self.accuracies = step + 1, []
+        self.batches, self.accuracies = 0, []
 
     def _decide(self) -> Reason:
         if not self.accuracies:
@@ -223,14 +223,14 @@ class AdaptiveBudget(Budget):
     def state_dict(self) -> dict[str, Any]:
         return {
             "level": self.level,
-            "since": self.since,
+            "batches": self.batches,
             "accuracies": list(self.accuracies),
             "best": self.best,
             "reason": self.reason,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.level, self.since = state["level"], state["since"]
+        self.level, self.batches = state["level"], state["batches"]
         self.accuracies, self.best, self.reason = list(state["accuracies"]), state["best"], state["reason"]
 
 
