@@ -165,6 +165,11 @@ class AdvantageSection(Section):
         default=False, description="Standardise the final advantages over the batch (GDPO's last step)."
     )
     beta: BetaSection | None = Field(default=None, description="Settings of `scale: beta`.")
+    aggregation: Literal["loss", "prompt"] | None = Field(
+        default=None,
+        description="loss: rows or tokens weigh alike, as `trainer.loss_type` has it, so that a prompt weighs by its "
+        "rollouts; prompt: prompts weigh alike. Default: prompt with `allocation.method: knapsack`, else loss.",
+    )
 
     @model_validator(mode="after")
     def _beta(self) -> Self:

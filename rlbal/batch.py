@@ -27,6 +27,9 @@ class RolloutBatch:
     prompt_tokens_N: torch.Tensor  # int64
     truncated_N: torch.Tensor  # bool: the token limit cut it off
 
+    # The token budget that the prompt named and the rewards went by; None without a budget.
+    budget_N: torch.Tensor | None = None  # int64
+
     @property
     def num_prompts(self) -> int:
         return int(self.group_N.max()) + 1
@@ -43,7 +46,7 @@ def group_rows(prompt_index_N: torch.Tensor) -> torch.Tensor:
 
 
 def batch_metrics(
-    batch: RolloutBatch, weights_K: torch.Tensor, reward_names: list[str], success: int, budget: int | None
+    batch: RolloutBatch, weights_K: torch.Tensor, reward_names: list[str], success: int
 ) -> dict[str, float]:
     """What `metrics.jsonl` says of one generation batch.
 
@@ -52,7 +55,8 @@ def batch_metrics(
         weights_K: weights that its rewards got, shape (K,).
         reward_names: names of the K rewards.
         success: index of the reward that says whether a rollout succeeded.
-        budget: the token budget of its completions; without one its metrics are NaN (null in the file).
+
+    Metrics of what is not there, such as a budget, are NaN (null in the file).
     """
     dead_PK = constant_groups(batch.rewards_NK, batch.group_N, batch.num_prompts)
     metrics: dict[str, float] = {}
@@ -72,8 +76,9 @@ def batch_metrics(
         "effective_gradient_ratio": (~dead_PK[batch.group_N, success]).double().mean().item(),
         "any_reward_gradient_ratio": (~dead_PK.all(dim=1)[batch.group_N]).double().mean().item(),
         "length/mean": lengths_N.mean().item(),
-        "length/over_budget": (lengths_N > budget).double().mean().item() if budget else float("nan"),
-        "budget/tokens": float(budget) if budget else float("nan"),
         "length/truncated": batch.truncated_N.double().mean().item(),
+        "length/over_budget": float("nan"),
     }
+    if batch.budget_N is not None:
+        metrics["length/over_budget"] = (lengths_N > batch.budget_N).double().mean().item()
     return metrics

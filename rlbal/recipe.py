@@ -11,6 +11,7 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from rlbal.allocation_sections import ALLOCATIONS, AnyAllocation, UniformAllocation
 from rlbal.balance_checks import check_advantage, check_weighting
 from rlbal.balance_sections import (
     METHODS,
@@ -26,7 +27,6 @@ from rlbal.section import Section, UserPath
 from rlbal.sections import (
     SOURCES,
     AlgorithmSection,
-    AllocationSection,
     AnyData,
     DataSection,
     EvaluationSection,
@@ -48,7 +48,6 @@ __all__ = [
     "ADVANTAGE_PRESETS",
     "AdvantageSection",
     "AlgorithmSection",
-    "AllocationSection",
     "AnyData",
     "DataSection",
     "EvaluationSection",
@@ -77,7 +76,15 @@ ADVANTAGE_PRESETS = {
     "reinforce": {"baseline": "none", "scale": "none"},
 }
 # Section -> the key that chooses among its kinds, and what it may say.
-CHOICES = {"weighting": ("method", METHODS), "budget": ("schedule", SCHEDULES), "data": ("source", SOURCES)}
+CHOICES = {
+    "weighting": ("method", METHODS),
+    "budget": ("schedule", SCHEDULES),
+    "allocation": ("method", ALLOCATIONS),
+    "data": ("source", SOURCES),
+}
+
+# Sections with a kind that need not be named.
+PLAIN = {"weighting": {"method": "fixed"}, "budget": {"schedule": "none"}, "allocation": {"method": "uniform"}}
 
 
 class Recipe(Section):
@@ -92,7 +99,7 @@ class Recipe(Section):
     weighting: AnyWeights = Field(default_factory=FixedWeights)
     advantage: AdvantageSection = Field(default_factory=AdvantageSection)
     budget: AnyBudget = Field(default_factory=NoBudgetSection)
-    allocation: AllocationSection = Field(default_factory=AllocationSection)
+    allocation: AnyAllocation = Field(default_factory=UniformAllocation)
     lora: dict[str, Any] | None = Field(
         default=None, description="Fields of peft's LoraConfig; leave out for full training."
     )
@@ -112,13 +119,14 @@ class Recipe(Section):
         if not isinstance(algorithm, dict) or not isinstance(advantage, dict):
             return values
         preset = ADVANTAGE_PRESETS.get(str(algorithm.get("name", "grpo")), {})
+        unequal = isinstance(values.get("allocation"), dict) and values["allocation"].get("method") == "knapsack"
+        preset = {**preset, "aggregation": "prompt" if unequal else "loss"}
         filled = {**advantage, **{key: value for key, value in preset.items() if advantage.get(key) is None}}
         if filled.get("scale") == "beta" and filled.get("beta") is None:
             filled["beta"] = {}
-        if isinstance(values.get("weighting"), dict):
-            values["weighting"] = {"method": "fixed", **values["weighting"]}
-        if isinstance(values.get("budget"), dict):
-            values["budget"] = {"schedule": "none", **values["budget"]}
+        for section, plain in PLAIN.items():
+            if isinstance(values.get(section), dict):
+                values[section] = plain | values[section]
         return {**values, "advantage": filled}
 
     @model_validator(mode="after")

@@ -4,10 +4,11 @@
 recipe.yaml         the resolved recipe
 metrics.jsonl       one object per optimizer step
 evaluations.jsonl   one object per evaluation
-checkpoint-N/       TRL's checkpoint and rlbal's state
+checkpoint-N/       TRL's checkpoint and rlbal's state, the ledger of prompts among it
 best.json           which checkpoint scored best, and how
 warm_start/         the tiny model as RL found it (only with `model.tiny.warm_start`)
 model/              the final model
+ledger.safetensors  what was known of each prompt at the end (`rlbal ledger`)
 """
 
 import json
@@ -23,6 +24,8 @@ from rlbal.recipe import Recipe, read_recipe
 
 MARKER = ".rlbal-run"
 STATE = "rlbal_state.json"
+LEDGER = "ledger.safetensors"
+STOPPED = "stopped"  # in metrics.jsonl: why the run ended with this step, before `trainer.max_steps`
 
 
 class RunDirectory:

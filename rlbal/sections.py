@@ -206,12 +206,6 @@ class RewardsSection(Section):
         return self.success or next(iter(self.functions))
 
 
-class AllocationSection(Section):
-    """How many rollouts each prompt gets."""
-
-    method: Literal["uniform"] = "uniform"
-
-
 class EvaluationSection(Section):
     """Held-out evaluation with its own sampling settings, during training and by `rlbal eval`."""
 

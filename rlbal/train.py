@@ -3,7 +3,6 @@
 Started by `rlbal train RECIPE` (one process) or `accelerate launch ... -m rlbal.train RECIPE` (several).
 """
 
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from rich.console import Console
 from rlbal.errors import DataError, RecipeError, RewardError, RlbalError, RunError, TrainingStopped
 from rlbal.quiet import quiet_libraries
 from rlbal.recipe import Recipe, read_recipe
-from rlbal.run import STATE, RunDirectory, read_jsonl
+from rlbal.run import LEDGER, RunDirectory, read_jsonl
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -105,6 +104,7 @@ def load_inputs(recipe: Recipe, args: "GRPOConfig", plan: "BatchPlan") -> Inputs
     Raises:
         RlbalError: what does not load or does not fit.
     """
+    from rlbal.allocation_checks import check_strata
     from rlbal.model import lora_config
     from rlbal.prompts.data import load_data
     from rlbal.rewards.suite import RewardSuite
@@ -114,6 +114,7 @@ def load_inputs(recipe: Recipe, args: "GRPOConfig", plan: "BatchPlan") -> Inputs
     data = load_data(recipe.data, recipe.seed)
     _check_fills_batch(len(data.train), plan)
     suite.check_columns(data.train.column_names)
+    check_strata(recipe, data.train)
     suite.start()
     if args.distributed_state.is_main_process:
         print(plan.explain(), file=sys.stderr)
@@ -153,9 +154,10 @@ def _claim(run: RunDirectory, recipe: Recipe, args: "GRPOConfig", checkpoint: Pa
 def _build_tiny(inputs: Inputs, run: RunDirectory) -> Path:
     """Build the recipe's tiny model into the run directory, on one process; where it is."""
     from rlbal.model import WARM_START, build_tiny
+    from rlbal.trainer_args import completion_limit
 
     with inputs.args.distributed_state.main_process_first():
-        build_tiny(inputs.recipe, inputs.data.train, run.path / WARM_START)
+        build_tiny(inputs.recipe, inputs.data.train, run.path / WARM_START, completion_limit(inputs.args))
     return run.path / WARM_START
 
 
@@ -235,7 +237,7 @@ def _train(
         trainer.add_callback(progress)
         trainer.add_callback(interruption)
         if checkpoint is not None:
-            trainer.load_rlbal_state(json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
+            trainer.load_rlbal_state(checkpoint)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except NothingLeft:
@@ -248,10 +250,14 @@ def _train(
                 f"stopped after step {trainer.state.global_step}; the checkpoint is saved",
                 fix=f"continue: {resume_command(run)}",
             )
+        if reason := trainer.allocator.exhausted:
+            console.print(f"Training ended after step {trainer.state.global_step}: {reason}.", highlight=False)
     if trainer.last_evaluation is not None:
         evaluated = evaluated | {trainer.last_evaluation[0]}
     if trainer.recipe.evaluation.at_end and trainer.state.global_step not in evaluated:
         trainer.evaluate()
+    if trainer.accelerator.is_main_process:
+        trainer.allocator.ledger.save(run.path / LEDGER)
     trainer.save_model(str(run.model_path))
 
 

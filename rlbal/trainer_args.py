@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from rlbal.allocation_checks import check_allocation
 from rlbal.balance_checks import check_probe
 from rlbal.batch_plan import BatchPlan, plan_batches
 from rlbal.budget_checks import check_budget
@@ -160,7 +161,7 @@ def check_generation(recipe: Recipe, trainer: dict[str, Any]) -> None:
 
 def config_kwargs(recipe: Recipe, trainer: dict[str, Any], plan: BatchPlan) -> dict[str, Any]:
     """Keyword arguments of GRPOConfig: the recipe's `trainer:` section and what the other sections decide."""
-    evaluation, equal = recipe.evaluation, plan.rollouts_per_prompt > 1
+    evaluation, equal = recipe.evaluation, recipe.allocation.method == "uniform" and plan.rollouts_per_prompt > 1
     aggregation = recipe.advantage.order
     kwargs: dict[str, Any] = {
         "use_vllm": False,
@@ -254,6 +255,7 @@ def bind_trainer(recipe: Recipe) -> "tuple[GRPOConfig, BatchPlan]":
 
     trainer = validate_trainer(recipe.trainer)
     plan = plan_batches(recipe, with_defaults(trainer), recipe.launch.num_processes)
+    check_allocation(recipe, plan)
     check_generation(recipe, trainer)
     check_budget(recipe, with_defaults(trainer))
     kwargs = config_kwargs(recipe, trainer, plan)
@@ -291,6 +293,7 @@ def training_args(recipe: Recipe, num_processes: int) -> "tuple[GRPOConfig, Batc
 
     trainer = validate_trainer(recipe.trainer)
     plan = plan_batches(recipe, with_defaults(trainer), num_processes)
+    check_allocation(recipe, plan)
     check_generation(recipe, trainer)
     check_budget(recipe, with_defaults(trainer))
     kwargs = config_kwargs(recipe, trainer, plan)

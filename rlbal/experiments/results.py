@@ -11,7 +11,7 @@ from typing import Any
 from rlbal.errors import RecipeError, RunError
 from rlbal.recipe import Recipe
 from rlbal.recipe_file import parse_yaml
-from rlbal.run import RunDirectory
+from rlbal.run import STOPPED, RunDirectory
 
 SWEEP_RECORD = ".rlbal-sweep.yaml"  # in a sweep's folder: the sweep as it was started
 SAVED_LAST = "training_args.bin"  # transformers writes it into a model folder when all else is there
@@ -72,11 +72,13 @@ def last_step(run: RunDirectory) -> int:
 def unfinished(run: RunDirectory, recipe: Recipe) -> str | None:
     """Why a run is not finished, or None if it is.
 
-    A finished run has done `trainer.max_steps`, if the recipe says how many, has the evaluation after its last step on
-    record, if `evaluation.at_end` asks for one, and has saved its final model whole.
+    A finished run has done `trainer.max_steps`, if the recipe says how many and it did not stop for want of prompts,
+    has the evaluation after its last step on record, if `evaluation.at_end` asks for one, and has saved its final model
+    whole.
     """
     step, steps = last_step(run), recipe.trainer.get("max_steps", -1)
-    if isinstance(steps, int) and step < steps:
+    stopped = any(STOPPED in record for record in last_records(run.metrics_path, 1))
+    if isinstance(steps, int) and step < steps and not stopped:
         return f"it is at step {step} of {steps}"
     if not (run.model_path / SAVED_LAST).is_file():
         return f"it is at step {step} and has no final model yet"

@@ -31,7 +31,7 @@ class RewardBalance:
     def __init__(self, recipe: Recipe, max_length: int) -> None:
         functions, advantage = recipe.rewards.functions, recipe.advantage
         self.names, self.section = list(functions), recipe.weighting
-        self.rule = AdvantageRule(**advantage.model_dump(exclude={"beta"}))
+        self.rule = AdvantageRule(**advantage.model_dump(exclude={"beta", "aggregation"}))
         ranges = [spec.range for spec in functions.values()]
         self.ranges_K2 = torch.tensor(ranges).double() if all(ranges) else None
         self.weighting = make_weighting(recipe, max_length)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rlbal.run import STATE, RunDirectory, append_jsonl, to_json, write_whole
+from rlbal.run import STOPPED, RunDirectory, append_jsonl, to_json, write_whole
 
 if TYPE_CHECKING:
     from rlbal.trainers.grpo import BalancedGRPOTrainer
@@ -27,16 +27,23 @@ class RunRecorder(TrainerCallback):
     def __init__(self, run: RunDirectory) -> None:
         self.run = run
         self.trainer: BalancedGRPOTrainer | None = None
+        self.stopped: str | None = None  # why training ended before its last step
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step >= state.max_steps:
+        assert self.trainer is not None
+        if state.global_step >= state.max_steps or self.trainer.allocator.exhausted is not None:
             raise NothingLeft
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # The last evaluation belongs inside the loop, where a best checkpoint can still be saved.
-        assert self.trainer is not None
-        if state.global_step >= state.max_steps and self.trainer.evaluator is not None:
-            control.should_evaluate |= self.trainer.recipe.evaluation.at_end
+        trainer = self.trainer
+        assert trainer is not None
+        if state.global_step < state.max_steps and trainer.generation_is_due:
+            self.stopped = trainer.allocator.exhausted
+        if self.stopped is not None:
+            control.should_training_stop = control.should_save = True
+        if (self.stopped or state.global_step >= state.max_steps) and trainer.evaluator is not None:
+            control.should_evaluate |= trainer.recipe.evaluation.at_end
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         assert self.trainer is not None
@@ -52,7 +59,10 @@ class RunRecorder(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero and logs is not None and "loss" in logs:
             assert self.trainer is not None
-            append_jsonl(self.run.metrics_path, {"step": state.global_step, **logs, **self.trainer.balance.tables()})
+            tables = self.trainer.balance.tables() | self.trainer.budget.tables() | self.trainer.allocator.tables()
+            if self.stopped is not None:
+                tables[STOPPED] = self.stopped
+            append_jsonl(self.run.metrics_path, {"step": state.global_step, **logs, **tables})
 
     def on_evaluate(
         self,
@@ -82,8 +92,7 @@ class RunRecorder(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         assert self.trainer is not None
         if state.is_world_process_zero:
-            checkpoint = self.run.path / f"checkpoint-{state.global_step}"
-            write_whole(checkpoint / STATE, to_json(self.trainer.rlbal_state()) + "\n")
+            self.trainer.save_rlbal_state(self.run.path / f"checkpoint-{state.global_step}")
 
 
 class Interruption(TrainerCallback):

@@ -2,9 +2,10 @@
 
 One training step, in the order of the methods below:
 
-    _get_train_sampler               which prompts come next
-    _prepare_inputs                  generation is due: how many rollouts each prompt gets, and their rows
-    _generate_and_score_completions  TRL generates and scores; our advantages replace TRL's
+    _get_train_sampler               keeps time: so many rows make up an epoch
+    _prepare_inputs                  generation is due: which prompts, how many rollouts each, and their rows
+    _generate_and_score_completions  the budget goes into prompt, reward and cap; TRL generates and scores; our
+                                     advantages replace TRL's, and the ledger learns how it went
     _calculate_rewards               raw rewards of all processes; failed scores decided alike on every process
     _compute_loss, _get_per_token_logps_and_entropies, training_step
                                      weights that learn from gradients watch the backward pass
@@ -15,38 +16,44 @@ What then is trained on, `rlbal.trainers.compacted` says. TRL keeps the loss, Lo
 engines. Each method has a contract test that fails when TRL changes under it.
 """
 
+import json
 import time
 from collections import deque
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
+from rlbal.balance.aggregation import prompt_level_factors
 from rlbal.balance.gradients import gram_matrix
+from rlbal.balance.normalization import to_unit_interval
 from rlbal.batch import RolloutBatch, batch_metrics, group_rows
 from rlbal.batch_plan import BatchPlan
-from rlbal.errors import TrainingStopped
+from rlbal.budget_checks import has_budget_field
+from rlbal.budget_sections import TOKEN_BUDGET, NoBudgetSection
+from rlbal.errors import RewardError, RunError, TrainingStopped
 from rlbal.evaluation import Evaluation
-from rlbal.prompts.allocation import uniform_counts
-from rlbal.prompts.budget import NoBudget
+from rlbal.prompts.budget import generation_cap, make_budget, prompt_budget, with_budget
 from rlbal.recipe import Recipe
 from rlbal.rewards.loading import MEAN_LENGTH
 from rlbal.rewards.outcomes import merge, verdict
 from rlbal.rewards.suite import RewardSuite
+from rlbal.run import LEDGER, STATE, to_json, write_whole
 from rlbal.scaling.compute import rollout_flops
-from rlbal.speed import transformers_instead
+from rlbal.speed import ROW_LOSSES, transformers_instead
 from rlbal.trainer_args import completion_limit
+from rlbal.trainers.allocator import RolloutAllocator
 from rlbal.trainers.balance import RewardBalance
 from rlbal.trainers.compacted import CompactedGRPOTrainer
 from rlbal.trainers.evaluator import PolicyEvaluator
 from rlbal.trainers.influence import make_probe, teach_all
 from rlbal.trainers.microbatch import REWARD_ADVANTAGES
-from rlbal.trainers.rollout import Rollouts
-from rlbal.trainers.sampler import PromptSampler
+from rlbal.trainers.rollout import Rollouts, generation_limit
+from rlbal.trainers.sampler import RowsPerEpoch
 from rlbal.trainers.step_factor import StepFactor
 from rlbal.trainers.totals import Totals, model_shape
 
@@ -77,12 +84,13 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
     ) -> None:
         self.recipe, self.plan, self.suite, self.rows, self.tokenizer = recipe, plan, suite, rows, tokenizer
         self.balance = RewardBalance(recipe, completion_limit(kwargs["args"]))
-        self.budget = NoBudget()
+        self.budget = make_budget(recipe.budget, completion_limit(kwargs["args"]), kwargs["args"].max_steps)
+        self.allocator = RolloutAllocator(recipe, plan, rows, kwargs["args"].shuffle_dataset)
         self.success = list(recipe.rewards.functions).index(recipe.rewards.success_name)
         self.batch: RolloutBatch | None = None
         self.totals = Totals()
         self._report: dict[str, float] = {}
-        self._times: dict[str, float] = dict.fromkeys(("generate", "reward", "balance"), 0.0)
+        self._times: dict[str, float] = dict.fromkeys(("allocate", "generate", "reward", "balance"), 0.0)
         self._last_reward_seconds = 0.0
         self.step_started = time.perf_counter()
         self.last_evaluation: tuple[int, Evaluation] | None = None
@@ -92,7 +100,7 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
             kwargs.setdefault("rollout_func", self._rollouts)
         super().__init__(
             reward_funcs=list(suite.functions),
-            # The loader hands out positions only; rows are fetched when generation is due.
+            # The loader only keeps time; rows are chosen and fetched when generation is due.
             train_dataset=rows.select_columns(["prompt_index"]),
             eval_dataset=eval_rows,
             processing_class=tokenizer,
@@ -110,30 +118,22 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         del dataset
-        return PromptSampler(
-            num_prompts=len(self.rows),
-            prompts_per_batch=self.plan.prompts,
-            rows_per_prompt=self.plan.rollouts_per_prompt,
-            repeats=self.num_iterations * self.plan.steps_per_generation,
-            shuffle=bool(self.shuffle_dataset),
-            seed=self.args.seed,
-        )
+        repeats = self.num_iterations * self.plan.steps_per_generation
+        return RowsPerEpoch(len(self.rows), self.plan.prompts, self.plan.rollouts_per_prompt, repeats)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         if self.generation_is_due and not isinstance(generation_batch, dict):
-            generation_batch = self._allocate(generation_batch)
+            generation_batch = self._allocate(len(generation_batch))
         inputs = super()._prepare_inputs(generation_batch)
         if self.model.training:  # type: ignore[union-attr]
             self._step_factor.apply(self.optimizer, self.balance.factor_on("learning_rate"))
         return inputs
 
-    def _allocate(self, loaded: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _allocate(self, local_rows: int) -> list[dict[str, Any]]:
         """This process's rows of the generation batch, one per rollout."""
-        local = torch.tensor([row["prompt_index"] for row in loaded], device=self.accelerator.device)
-        index_N = self.accelerator.gather(local).cpu()
-        prompts_P = list(dict.fromkeys(index_N.tolist()))
-        rows = np.repeat(prompts_P, uniform_counts(len(prompts_P), len(index_N)))
-        mine = rows[self._local_slice(len(loaded))].tolist()
+        started = time.perf_counter()
+        mine = self.allocator.draw(self.state.global_step)[self._local_slice(local_rows)].tolist()
+        self._times["allocate"] += time.perf_counter() - started
         row_of = {index: self.rows[index] for index in set(mine)}
         return [dict(row_of[index]) for index in mine]
 
@@ -143,9 +143,11 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         started = time.perf_counter()
+        inputs, cap = self._tell_budget(inputs)
         if self._rollouts is not None:
             self._rollouts.inputs = inputs
-        output = super()._generate_and_score_completions(inputs)
+        with generation_limit(self, cap):
+            output = super()._generate_and_score_completions(inputs)
         balance_started = time.perf_counter()
         self._times["generate"] += balance_started - started - self._last_reward_seconds
         self._times["reward"] += self._last_reward_seconds
@@ -153,8 +155,10 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
         self.batch = self._gather_batch(inputs, output)
         advantages_N = self.balance.advantages(self.batch, self.state.global_step / max(self.state.max_steps, 1))
         mine, device = self._local_slice(len(inputs)), self.accelerator.device
+        factors_N = self._prompt_factors(self.batch)
+        advantages_N = advantages_N * factors_N
         if self.balance.probe_is_due:
-            own_NK = self.balance.reward_advantages(self.batch)
+            own_NK = self.balance.reward_advantages(self.batch) * factors_N[:, None]
             advantages_N = teach_all(advantages_N, own_NK)
             output[REWARD_ADVANTAGES] = own_NK[mine].to(device)
         output["advantages"] = advantages_N[mine].to(device)
@@ -164,17 +168,39 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
         logged.extend(advantages_N.tolist())
         self._account(advantages_N)
         self._times["balance"] += time.perf_counter() - balance_started
+        self._learn(self.batch)
         return output
+
+    def _tell_budget(self, inputs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int | None]:
+        """Copies of the rows with their budgets in prompt and column, and the longest completion worth generating."""
+        section, step = self.recipe.budget, self.state.global_step
+        tokens = self.budget.tokens(step)
+        if tokens is None or isinstance(section, NoBudgetSection):
+            if has_budget_field(self.recipe.data):
+                limit = completion_limit(self.args)
+                inputs = [{**row, "prompt": with_budget(row["prompt"], limit)} for row in inputs]
+            return inputs, None
+        budgets = [tokens] * len(inputs)
+        if section.scope == "prompt":
+            believed = self.allocator.believed([row["prompt_index"] for row in inputs], step)
+            budgets = [prompt_budget(tokens, rate, *section.prompt_scale) for rate in believed.tolist()]
+        told = [
+            {**row, "prompt": with_budget(row["prompt"], budget), TOKEN_BUDGET: budget}
+            for row, budget in zip(inputs, budgets, strict=True)
+        ]
+        # One cap for all processes: prompts may have tighter budgets, none has a wider one.
+        widest = tokens if section.scope == "batch" else prompt_budget(tokens, 0.0, *section.prompt_scale)
+        return told, generation_cap(widest) if section.cap else None
 
     def _gather_batch(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> RolloutBatch:
         """The batch over all processes; per-row numbers travel, never text."""
         prompt_tokens = output["prompt_mask"].sum(dim=1).tolist()
         local = [
-            [row["prompt_index"], prompt, len(ids), ids[-1] not in self._final_tokens]
+            [row["prompt_index"], prompt, len(ids), ids[-1] not in self._final_tokens, row.get(TOKEN_BUDGET, 0)]
             for row, prompt, ids in zip(inputs, prompt_tokens, self._completion_ids, strict=True)
         ]
         columns = self.accelerator.gather(torch.tensor(local, device=self.accelerator.device)).cpu()
-        index_N, prompt_N, completion_N, truncated_N = columns.unbind(1)
+        index_N, prompt_N, completion_N, truncated_N, budget_N = columns.unbind(1)
         return RolloutBatch(
             prompt_index_N=index_N,
             group_N=group_rows(index_N),
@@ -182,7 +208,19 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
             completion_tokens_N=completion_N,
             prompt_tokens_N=prompt_N,
             truncated_N=truncated_N.bool(),
+            budget_N=None if isinstance(self.recipe.budget, NoBudgetSection) else budget_N,
         )
+
+    def _prompt_factors(self, batch: RolloutBatch) -> torch.Tensor:
+        """What advantages are multiplied by so that prompts weigh alike in the loss, or 1: (N,)."""
+        if self.recipe.advantage.aggregation != "prompt":
+            return torch.ones(len(batch.group_N), dtype=torch.float64)
+        tokens_N = batch.completion_tokens_N.double()
+        if self.args.loss_type in ROW_LOSSES:  # rows weigh alike there, however long
+            tokens_N = torch.ones_like(tokens_N)
+        if self.mask_truncated_completions:
+            tokens_N = tokens_N * ~batch.truncated_N
+        return torch.from_numpy(prompt_level_factors(tokens_N, batch.group_N))
 
     def _account(self, advantages_N: torch.Tensor) -> None:
         """Count what the batch cost, and keep what metrics.jsonl will say of it."""
@@ -192,10 +230,33 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
         self.totals.rollouts += len(completion_tokens)
         self.totals.tokens_generated += sum(completion_tokens)
         self.totals.flops += rollout_flops(self.shape, prompt_tokens, completion_tokens, self.num_iterations)
-        budget = self.budget.tokens(self.state.global_step)
-        self._report = batch_metrics(batch, self.balance.weights_K, names, self.success, budget)
+        self._report = batch_metrics(batch, self.balance.weights_K, names, self.success)
         self._report["advantage/abs_mean"] = advantages_N.abs().mean().item()
         self._report |= self._failures
+
+    def _learn(self, batch: RolloutBatch) -> None:
+        """Tell ledger and budget how a batch went.
+
+        Raises:
+            RewardError: the success reward leaves [0, 1] and has no range.
+        """
+        started, step = time.perf_counter(), self.state.global_step
+        name = self.suite.names[self.success]
+        ends = torch.tensor([self.recipe.rewards.functions[name].range or (0.0, 1.0)])
+        success_N = to_unit_interval(batch.rewards_NK[:, [self.success]], ends)[:, 0]
+        outside_N = (success_N < 0.0) | (success_N > 1.0)
+        if outside_N.any():
+            raise RewardError(
+                f"reward `{name}` says whether a rollout succeeded and gave "
+                f"{batch.rewards_NK[outside_N, self.success][0]:g}, outside [0, 1]",
+                why="what is known of a prompt is a share of successes",
+                fix=f"set `rewards.functions.{name}.range` to the lowest and highest value it gives",
+            )
+        self._report["budget/tokens"] = float(self.budget.tokens(step) or "nan")
+        self.budget.observe(success_N.nanmean().item())
+        self.allocator.observe(batch, success_N.numpy(), step)
+        self._report |= self.budget.metrics() | self.allocator.metrics()
+        self._times["allocate"] += time.perf_counter() - started
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list, completions: list, completion_ids_list: list[list[int]]
@@ -282,16 +343,35 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
         return {*self.eos_token_ids, self._tokenizer.pad_token_id}
 
     def rlbal_state(self) -> dict[str, Any]:
-        """What a checkpoint needs besides TRL's part."""
+        """What a checkpoint needs besides TRL's part and the ledger."""
         return {
             "totals": self.totals.metrics(self.accelerator.num_processes),
+            "budget": self.budget.state_dict(),
+            "allocation": self.allocator.state_dict(),
             **self.balance.state_dict(),
         }
 
-    def load_rlbal_state(self, state: dict[str, Any]) -> None:
-        """Go on from `rlbal_state`."""
+    def save_rlbal_state(self, folder: Path) -> None:
+        """Write rlbal's part of a checkpoint; the state file last, since it says that the checkpoint is whole."""
+        self.allocator.ledger.save(folder / LEDGER)
+        write_whole(folder / STATE, to_json(self.rlbal_state()) + "\n")
+
+    def load_rlbal_state(self, folder: Path) -> None:
+        """Go on from what `save_rlbal_state` wrote.
+
+        Raises:
+            RunError: it does not fit the recipe, or is of an rlbal that knew less.
+        """
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        if missing := [key for key in ("totals", "budget", "allocation") if key not in state]:
+            raise RunError(
+                f"{folder / STATE} has no `{missing[0]}`", "it is of an earlier version of rlbal", "start the run again"
+            )
         self.totals.load(state["totals"])
         self.balance.load_state_dict(state)
+        self.budget.load_state_dict(state["budget"])
+        self.allocator.load_state_dict(state["allocation"])
+        self.allocator.ledger.load(folder / LEDGER)
 
     def save_now(self) -> None:
         """Write a checkpoint of the last complete optimizer step, outside the training loop."""

@@ -32,6 +32,28 @@ def policy_for_generation(trainer: "BalancedGRPOTrainer") -> Iterator[Any]:
         yield model
 
 
+@contextmanager
+def generation_limit(trainer: "BalancedGRPOTrainer", tokens: int | None) -> Iterator[None]:
+    """Stop generating after so many tokens at the latest, in whichever engine generates; put back afterwards.
+
+    `max_completion_length` of the trainer stays: it scales the `dr_grpo` loss, and evaluation goes by it.
+    """
+    if tokens is None:
+        yield
+        return
+    engine, name = (
+        (trainer.vllm_generation, "max_completion_length")
+        if trainer.use_vllm
+        else (trainer.generation_config, "max_new_tokens")
+    )
+    before = getattr(engine, name)
+    setattr(engine, name, min(before, tokens))
+    try:
+        yield
+    finally:
+        setattr(engine, name, before)
+
+
 def weights_in_parts(trainer: "BalancedGRPOTrainer") -> bool:
     """Whether processes must call the model equally often, since each holds a part of its weights."""
     if trainer.accelerator.num_processes == 1:

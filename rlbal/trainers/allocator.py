@@ -1,0 +1,138 @@
+"""Which prompts the next generation batch has, and how many rollouts each: the recipe's `allocation` at work.
+
+    pool -> P prompts     ledger -> what is believed of them     counts of the largest value -> rows, dealt to processes
+    (all of it pure, in rlbal.prompts; here it is put together and its state kept)
+
+Everything here depends on recipe, seed and gathered batches alone, so that every process decides the same by itself.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rlbal.allocation_checks import strata_of
+from rlbal.allocation_sections import KnapsackAllocation
+from rlbal.batch import RolloutBatch
+from rlbal.batch_plan import BatchPlan
+from rlbal.prompts.allocation import mean_counts, posterior_counts, uniform_counts
+from rlbal.prompts.dealing import deal
+from rlbal.prompts.ledger import PromptLedger
+from rlbal.prompts.pool import Mask, PromptPool
+from rlbal.recipe import Recipe
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+BINS = 11  # success rates rounded to tenths
+
+
+class RolloutAllocator:
+    """Pool, ledger and shares of one run.
+
+    Args:
+        recipe: the run's recipe.
+        plan: its batch arithmetic for the processes at hand.
+        rows: training data, in the order of their `prompt_index`.
+        shuffle: whether epochs are shuffled.
+
+    Raises:
+        DataError: `allocation.strata` names no column, or one of too many values.
+    """
+
+    def __init__(self, recipe: Recipe, plan: BatchPlan, rows: "Dataset", shuffle: bool) -> None:
+        self.section, self.plan, self.seed = recipe.allocation, plan, recipe.seed
+        self.pool = PromptPool(len(rows), shuffle, recipe.seed, self.section.review_fraction)
+        self.ledger = PromptLedger(len(rows), self.section.resolved_forgetting, strata_of(recipe, rows))
+        self._believed_P = np.empty(0)
+        self._tables: dict[str, Any] = {}
+
+    def draw(self, step: int) -> Ints:
+        """The prompts of the next generation batch, one for each rollout, the rows of the first process first: (N,).
+
+        Args:
+            step: policy updates so far.
+        """
+        retired = self._retired if self.section.retire_at is not None else None
+        rng = np.random.default_rng((self.seed, self.pool.epoch, self.pool.position))
+        prompts_P = self.pool.draw(self.plan.prompts, retired)
+        if not isinstance(self.section, KnapsackAllocation):
+            return np.repeat(prompts_P, uniform_counts(len(prompts_P), self.plan.rollouts))
+        counts_P = self._counts(self.section, prompts_P, step, rng)
+        expected_P = self.ledger.expected_lengths(prompts_P)
+        return prompts_P[deal(expected_P, counts_P, self.plan.num_processes)]
+
+    def _counts(self, section: KnapsackAllocation, prompts_P: Ints, step: int, rng: np.random.Generator) -> Ints:
+        bounds = self.plan.rollouts, section.low, section.high
+        if section.belief == "mean":
+            return mean_counts(section.value, self.ledger.success_rates(prompts_P), *bounds, rng)
+        return posterior_counts(section.value, *self.ledger.belief(prompts_P, step), *bounds, rng)
+
+    def _retired(self, prompts: Ints) -> Mask:
+        assert self.section.retire_at is not None
+        return self.ledger.retired(prompts, self.section.retire_at)
+
+    @property
+    def exhausted(self) -> str | None:
+        """In words, that too many prompts have retired for another batch; None if not."""
+        if self.section.retire_at is None or not self.pool.empty(self.plan.prompts, self._retired):
+            return None
+        return (
+            f"fewer prompts are left than a batch has ({self.plan.prompts}): the policy is believed to solve the "
+            f"others at least {self.section.retire_at:.0%} of the time (`allocation.retire_at`)"
+        )
+
+    def believed(self, prompts: npt.ArrayLike, step: int) -> Floats:
+        """The mean success believed of some prompts, in the order given."""
+        a, b = self.ledger.belief(prompts, step)
+        return a / (a + b)
+
+    def observe(self, batch: RolloutBatch, success_N: Floats, step: int) -> None:
+        """Take in a batch over all processes.
+
+        Args:
+            batch: the batch.
+            success_N: how far each row succeeded, 0 to 1, NaN where it was not scored.
+            step: policy updates before it was generated.
+        """
+        index_N = batch.prompt_index_N.numpy()
+        prompts_P, counts_P = np.unique(index_N, return_counts=True)
+        scored_N = ~np.isnan(success_N)
+        group_N = batch.group_N.numpy()
+        scored_P = np.bincount(group_N, weights=scored_N)
+        sums_P = np.bincount(group_N, weights=np.where(scored_N, success_N, 0.0))
+        rate_P = np.divide(sums_P, scored_P, out=np.full(len(prompts_P), np.nan), where=scored_P > 0)
+        self._tables = {
+            "allocation/by_rate": _by_tenths(self.believed(prompts_P, step), counts_P),
+            "allocation/by_success": _by_tenths(rate_P, counts_P),
+        }
+        self.ledger.observe(index_N, success_N, batch.completion_tokens_N.numpy(), step)
+
+    def metrics(self) -> dict[str, float]:
+        metrics = self.ledger.metrics()
+        if self.section.retire_at is not None:
+            metrics["ledger/retired"] = float(self._retired(np.arange(self.pool.num_prompts)).mean())
+        return metrics
+
+    def tables(self) -> dict[str, Any]:
+        """`allocation/by_rate`: [prompts, rollouts] of the last batch, by the success that was believed before it, in
+        tenths from 0 to 1; `allocation/by_success`: the same by the success it then had."""
+        return self._tables
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the ledger, which has a file of its own."""
+        return self.pool.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self.pool.load_state_dict(state)
+
+
+def _by_tenths(rate_P: Floats, counts_P: Ints) -> list[list[int]]:
+    known_P = ~np.isnan(rate_P)
+    tenth_P = np.floor(10 * rate_P[known_P] + 0.5).astype(np.int64)
+    prompts = np.bincount(tenth_P, minlength=BINS)
+    rollouts = np.bincount(tenth_P, weights=counts_P[known_P], minlength=BINS).astype(np.int64)
+    return np.stack([prompts, rollouts], axis=1).tolist()
