@@ -1,6 +1,6 @@
 """The `allocation` section of a recipe: which prompts are tried, how often, and what is remembered of them."""
 
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -53,6 +53,15 @@ class UniformAllocation(AllocationSection):
     """Every prompt of a batch gets `algorithm.rollouts_per_prompt` rollouts."""
 
     method: Literal["uniform"] = "uniform"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _uniform(cls, values: Any) -> Any:
+        if isinstance(values, dict) and (
+            foreign := values.keys() & (KnapsackAllocation.model_fields.keys() - cls.model_fields.keys())
+        ):
+            raise PydanticCustomError("method", f"`allocation.{min(foreign)}` is for `allocation.method: knapsack`")
+        return values
 
 
 class KnapsackAllocation(AllocationSection):

@@ -85,6 +85,17 @@ class DataSection(Section):
     max_prompt_tokens: int | None = Field(default=None, ge=1, description="Longest prompt, in tokens of the model.")
     overlong: Literal["error", "drop"] = Field(default="error", description="What to do with longer prompts.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _whole(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "streaming" in values:
+            raise PydanticCustomError(
+                "streaming",
+                "datasets are read whole, since prompts come again, get their shares of rollouts and may retire: leave "
+                "out `data.streaming`, and use `data.max_rows` or a slice such as `split: train[:100000]` to read less",
+            )
+        return values
+
 
 class ReasoningGymData(DataSection):
     """Problems made by a reasoning-gym task (or its `composite` of several)."""

@@ -37,3 +37,13 @@ def even_share_but(completion_ids: list[list[int]], prompt_index: list[int], dea
 def never(completion_ids: list[list[int]], **kwargs: Any) -> list[None]:
     """No score for any row."""
     return [None] * len(completion_ids)
+
+
+def by_prompt(completion_ids: list[list[int]], prompt_index: list[int], **kwargs: Any) -> list[float]:
+    """Success or not: prompt i fails where the first token has one of i + 1 remainders by 7."""
+    return [float(ids[0] % 7 > index) for ids, index in zip(completion_ids, prompt_index, strict=True)]
+
+
+def number_of_tokens(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    """The length, far above 1."""
+    return [float(len(ids)) for ids in completion_ids]

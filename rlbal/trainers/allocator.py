@@ -15,6 +15,7 @@ from rlbal.allocation_checks import strata_of
 from rlbal.allocation_sections import KnapsackAllocation
 from rlbal.batch import RolloutBatch
 from rlbal.batch_plan import BatchPlan
+from rlbal.errors import DataError
 from rlbal.prompts.allocation import mean_counts, posterior_counts, uniform_counts
 from rlbal.prompts.dealing import deal
 from rlbal.prompts.ledger import PromptLedger
@@ -39,10 +40,16 @@ class RolloutAllocator:
         shuffle: whether epochs are shuffled.
 
     Raises:
-        DataError: `allocation.strata` names no column, or one of too many values.
+        DataError: the rows are a stream, or `allocation.strata` names no column or one of too many values.
     """
 
     def __init__(self, recipe: Recipe, plan: BatchPlan, rows: "Dataset", shuffle: bool) -> None:
+        if not hasattr(rows, "__len__"):
+            raise DataError(
+                f"the training rows are a stream ({type(rows).__name__})",
+                why="prompts come again, get their shares of rollouts and may retire, so they must be known by number",
+                fix="give a `datasets.Dataset`, e.g. `Dataset.from_list(list(stream.take(100_000)))`",
+            )
         self.section, self.plan, self.seed = recipe.allocation, plan, recipe.seed
         self.pool = PromptPool(len(rows), shuffle, recipe.seed, self.section.review_fraction)
         self.ledger = PromptLedger(len(rows), self.section.resolved_forgetting, strata_of(recipe, rows))

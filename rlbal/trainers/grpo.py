@@ -155,7 +155,7 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
         self.batch = self._gather_batch(inputs, output)
         advantages_N = self.balance.advantages(self.batch, self.state.global_step / max(self.state.max_steps, 1))
         mine, device = self._local_slice(len(inputs)), self.accelerator.device
-        factors_N = self._prompt_factors(self.batch)
+        factors_N = self._prompt_factors(self.batch).to(advantages_N.dtype)
         advantages_N = advantages_N * factors_N
         if self.balance.probe_is_due:
             own_NK = self.balance.reward_advantages(self.batch) * factors_N[:, None]

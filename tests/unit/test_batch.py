@@ -26,6 +26,7 @@ def batch():
         completion_tokens_N=torch.tensor([10, 20, 30, 40, 50, 60]),
         prompt_tokens_N=torch.tensor([5] * 6),
         truncated_N=torch.tensor([False, False, False, False, True, True]),
+        budget_N=torch.tensor([25, 19, 25, 50, 49, 60]),
     )
 
 
@@ -35,7 +36,7 @@ def test_counts(batch):
 
 
 def test_metrics_by_hand(batch):
-    metrics = batch_metrics(batch, torch.tensor([1.0, 0.5, 0.0]), ["correct", "format", "absent"], success=0, budget=25)
+    metrics = batch_metrics(batch, torch.tensor([1.0, 0.5, 0.0]), ["correct", "format", "absent"], success=0)
     nothing = metrics.pop("reward/absent/mean")
     assert math.isnan(nothing)
     assert metrics == pytest.approx(
@@ -64,13 +65,14 @@ def test_metrics_by_hand(batch):
             "any_reward_gradient_ratio": 0.5,
             "length/mean": 35.0,
             "length/truncated": 2 / 6,
-            "length/over_budget": 4 / 6,
-            "budget/tokens": 25,
+            # 20 over 19, 30 over 25, 50 over 49; not 10 of 25, 40 of 50 and 60 of 60.
+            "length/over_budget": 3 / 6,
         }
     )
 
 
 def test_the_gradient_ratio_is_of_the_success_reward(batch):
-    metrics = batch_metrics(batch, torch.ones(3), ["correct", "format", "absent"], success=1, budget=None)
-    assert math.isnan(metrics["budget/tokens"]) and math.isnan(metrics["length/over_budget"])
+    batch.budget_N = None
+    metrics = batch_metrics(batch, torch.ones(3), ["correct", "format", "absent"], success=1)
+    assert math.isnan(metrics["length/over_budget"])
     assert (metrics["effective_gradient_ratio"], metrics["any_reward_gradient_ratio"]) == (0.0, 0.5)
