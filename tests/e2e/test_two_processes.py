@@ -40,10 +40,16 @@ def close(mine: Any, theirs: Any, tolerance: float) -> bool:
     return mine == theirs or absent or abs(mine - theirs) <= tolerance * max(1.0, abs(theirs))
 
 
-@pytest.mark.parametrize("loss", ["dapo", "cispo", "vespo"])
+def in_order(seen: dict[str, Any]) -> dict[str, Any]:
+    """With the rows by prompt; those of one prompt are already in the order of their turns."""
+    order = sorted(range(len(seen["prompts"])), key=lambda row: seen["prompts"][row])
+    return {**seen, **{key: [seen[key][row] for row in order] for key in ("prompts", "advantages", "rewards")}}
+
+
+@pytest.mark.parametrize("loss", ["dapo", "cispo", "vespo", "knapsack"])
 def test_two_processes_equal_one(loss: str, tmp_path: Path) -> None:
-    (one,) = run(tmp_path / "one", loss, 1)
-    two = run(tmp_path / "two", loss, 2)
+    (one,) = map(in_order, run(tmp_path / "one", loss, 1))
+    two = [in_order(seen) for seen in run(tmp_path / "two", loss, 2)]
     for rank in two:
         # Several configurations only look like two processes.
         assert rank["num_processes"] == 2
@@ -59,8 +65,17 @@ def test_two_processes_equal_one(loss: str, tmp_path: Path) -> None:
     difference = max(abs(a - b) for a, b in zip(one["moved"], two[0]["moved"], strict=True))
     assert difference < 1e-5 * max(largest, 1.0)
 
-    assert len(one["metrics"]) == len(two[0]["metrics"]) == 3
-    learned = {"dapo": "weight/even", "cispo": "hypervolume/factor"}.get(loss)
+    assert two[0]["ledger"] == two[1]["ledger"] == one["ledger"]
+    for key in ("allocation", "budget", "weighting"):
+        assert two[0]["state"][key] == two[1]["state"][key]
+    assert two[0]["state"]["allocation"] == one["state"]["allocation"]
+    assert two[0]["prompts"] == one["prompts"]
+    if loss == "knapsack":
+        assert max(step["allocation/max"] for step in one["metrics"]) > 4
+        assert len({step["budget/tokens"] for step in one["metrics"]}) > 1
+
+    assert len(one["metrics"]) == len(two[0]["metrics"]) == (5 if loss == "knapsack" else 3)
+    learned = {"dapo": "weight/even", "cispo": "hypervolume/factor", "knapsack": "weight/even"}.get(loss)
     if learned:
         assert len({step[learned] for step in one["metrics"]}) > 1
     for mine, theirs in zip(two[0]["metrics"], one["metrics"], strict=True):
