@@ -190,6 +190,34 @@ def compare(
 
 
 @app.command()
+def ledger(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    checkpoint: Annotated[
+        str | None, typer.Option(help="`final`, `best` or a step number; default: `final`, or else the newest.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw the ledger into a .png, .pdf or .svg file.")
+    ] = None,
+    top: Annotated[int, typer.Option(metavar="N", min=1, help="How many of the hardest and easiest prompts.")] = 10,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a run has learned of its prompts: the hardest, the easiest, those never tried, and the drift.
+
+    Beliefs are about the prompts that were trained on, as of the run's last step or the checkpoint's. The data of the
+    run's recipe are read again for the prompts' text; where they are gone, prompts show as numbers.
+
+    `rlbal ledger runs/quickstart --plot ledger.png`
+    """
+
+    def action() -> None:
+        from rlbal.ledger_command import show_ledger
+
+        show_ledger(run, checkpoint, top, as_json, plot)
+
+    _run(action)
+
+
+@app.command()
 def recipes(
     name: Annotated[
         str | None, typer.Argument(metavar="[RECIPE]", help="Show this recipe, resolved and checked.")

@@ -142,6 +142,7 @@ class RunDirectory:
             if path.is_file():
                 kept = [record for record in read_jsonl(path) if record["step"] <= step]
                 write_whole(path, "".join(to_json(record) + "\n" for record in kept))
+        (self.path / LEDGER).unlink(missing_ok=True)  # the run's last one no longer is; checkpoints have theirs
 
 
 def to_json(record: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ touches the prompts of its batch alone. M prompts are in the data, P of them in 
 """
 
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -122,14 +123,27 @@ class PromptLedger:
         stratum_P = self.stratum_M[prompts_P]
         self.prior.observe(stratum_P[scored_P], count_P[scored_P], rate_P[scored_P], variance_P[scored_P])
 
-    def belief(self, indices_P: npt.ArrayLike, step: int) -> tuple[Floats, Floats]:
+    def belief(self, indices_P: npt.ArrayLike, step: int | Ints) -> tuple[Floats, Floats]:
         """The a and b of the Beta beliefs, as of a number of policy updates: (P,) -> (P,), (P,).
+
+        Args:
+            indices_P: prompts.
+            step: policy updates so far, or for each prompt the number as of which it is meant, shape (P,).
 
         Raises:
             ValueError: an index out of range, or a step before the prompt's last.
         """
         indices_P = self._checked(indices_P)
         return self._posterior(indices_P, self._counts(indices_P, step))
+
+    def outcomes(self, indices_P: npt.ArrayLike, step: int | Ints) -> tuple[Floats, Floats]:
+        """The successes and failures behind `belief`, as far as they still count: (P,) -> (P,), (P,).
+
+        Raises:
+            ValueError: as `belief`.
+        """
+        counts_PC = self._counts(self._checked(indices_P), step)
+        return counts_PC[:, SUCCESSES], counts_PC[:, FAILURES]
 
     def success_rates(self, indices_P: npt.ArrayLike) -> Floats:
         """Mean success of each prompt's counts, NaN where there are none: (P,) -> (P,).
@@ -153,8 +167,9 @@ class PromptLedger:
     def retired(self, indices_P: npt.ArrayLike, at: float, rollouts: float = 8) -> npt.NDArray[np.bool_]:
         """Whether a prompt is solved well enough to leave the pool: (P,) -> (P,) bool.
 
-        It is when its posterior mean is `at` or more, with `rollouts` counts at least, both as they stood when it was
-        last tried: a prompt that is no longer tried does not come back because its counts are forgotten.
+        It is when its posterior mean is `at` or more, with `rollouts` counts at least, the counts as they stood when it
+        was last tried: a prompt that is no longer tried does not come back because they are forgotten. The prior is the
+        present one, as in `belief`.
         """
         indices_P = self._checked(indices_P)
         counts_PC = self._stored(indices_P)
@@ -182,10 +197,10 @@ class PromptLedger:
             raise ValueError(f"prompts are numbered 0 to {len(self.last_seen_M) - 1}")
         return indices
 
-    def _counts(self, indices_P: Ints, step: int) -> Floats:
+    def _counts(self, indices_P: Ints, step: int | Ints) -> Floats:
         """What is left of the counts of each prompt at a step: (P, C)."""
         last_P = self.last_seen_M[indices_P]
-        if len(last_P) and last_P.max() > step:
+        if (last_P > step).any():
             raise ValueError(f"step {step} is before step {last_P.max()}, at which one of the prompts was tried")
         return np.power(1.0 - self.forgetting, step - last_P)[:, None] * self._stored(indices_P)
 
@@ -216,7 +231,8 @@ class PromptLedger:
         """
         fix = "resume with the data of the run, or start a new one"
         for name, mine in self.state_dict().items():
-            if name not in state or state[name].dtype != mine.dtype or not np.isfinite(state[name]).all():
+            least = NEVER if name == "last_seen" else 0
+            if name not in state or state[name].dtype != mine.dtype or not _sound(state[name], least):
                 raise RunError(f"the checkpoint's ledger has no usable `{name}`", fix="resume from another checkpoint")
             if state[name].shape != mine.shape:
                 why = f"`{name}` has the shape {state[name].shape}, not {mine.shape}"
@@ -238,8 +254,32 @@ class PromptLedger:
         Raises:
             RunError: the file cannot be read, or is of other prompts or strata.
         """
-        try:
-            state = load(path.read_bytes())
-        except (OSError, SafetensorError) as error:
-            raise RunError(f"cannot read the ledger {path}", str(error), "resume from another checkpoint") from None
-        self.load_state_dict(state)
+        self.load_state_dict(_read(path))
+
+    @classmethod
+    def open(cls, path: Path, forgetting: float) -> Self:
+        """What `save` wrote, without the data: strata go by their numbers.
+
+        Raises:
+            RunError: the file cannot be read, or is no ledger.
+        """
+        state = _read(path)
+        stratum_M = state.get("stratum")
+        if stratum_M is None or stratum_M.ndim != 1 or len(np.unique(stratum_M)) > MOST_STRATA:
+            raise RunError(f"{path} is not a ledger")
+        ledger = cls(len(stratum_M), forgetting, stratum_M)
+        ledger.load_state_dict(state)
+        return ledger
+
+
+def _sound(values: npt.NDArray, least: int) -> bool:
+    return bool(np.isfinite(values).all() and (values >= least).all())
+
+
+def _read(path: Path) -> dict[str, npt.NDArray]:
+    try:
+        return load(path.read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"cannot read the ledger {path}", str(error), "resume from another checkpoint") from None
+    except KeyError as error:  # a number format that NumPy does not have, such as BF16
+        raise RunError(f"{path} is not a ledger", f"it holds numbers of the kind {error}") from None

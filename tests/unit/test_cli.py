@@ -78,7 +78,7 @@ def test_resuming_nothing_is_refused(recipe):
 @pytest.mark.parametrize(
     ("arguments", "mentioned"),
     [
-        ([], ["train", "check", "eval", "sweep", "compare", "recipes"]),
+        ([], ["train", "check", "eval", "sweep", "compare", "ledger", "recipes"]),
         (
             ["train"],
             [

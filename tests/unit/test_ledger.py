@@ -156,6 +156,145 @@ def test_what_cannot_be_is_refused_and_leaves_the_ledger_alone(rows, message):
     assert belief(ledger, 0, step=2) == (1.5, 0.5)
 
 
+# Everything at once, from the history of all rows, slowly
+
+
+class Remembered:
+    """What the ledger computes from sums, here from every row ever seen: (batch, step, prompt, success, tokens)."""
+
+    def __init__(self, strata, forgetting):
+        self.strata, self.keep, self.rows, self.batches = strata, 1 - forgetting, [], 0
+        self.priors = {}
+
+    def observe(self, indices, successes, lengths, step):
+        self.drift = self.drift_of(indices, successes, step)
+        self.rows += [(self.batches, step, *row) for row in zip(indices, successes, lengths, strict=True)]
+        self.batches += 1
+        self.priors = {stratum: self.prior(stratum) for stratum in set(self.strata)}
+
+    def drift_of(self, indices, successes, step):
+        known = {prompt for _, _, prompt, _, _ in self.rows}
+        gaps = []
+        for prompt in known.intersection(indices):
+            scored = [s for i, s in zip(indices, successes, strict=True) if i == prompt and not math.isnan(s)]
+            if scored:
+                a, b = self.belief(prompt, step)
+                gaps.append(sum(scored) / len(scored) - a / (a + b))
+        return sum(gaps) / len(gaps) if gaps else NAN
+
+    def visits(self):
+        """(weight, stratum, scored rows, their mean, the variance of that mean) of each prompt in each batch."""
+        cells = {}
+        for batch, _, prompt, success, _ in self.rows:
+            if not math.isnan(success):
+                cells.setdefault((batch, prompt), []).append(success)
+        for (batch, prompt), scored in cells.items():
+            noise = np.var(scored, ddof=1) / len(scored) if len(scored) > 1 else 0.0
+            yield 0.9 ** (self.batches - 1 - batch), self.strata[prompt], len(scored), np.mean(scored), noise
+
+    def prior(self, stratum):
+        visits = list(self.visits())
+        mean, variance, effective = moments(visits)
+        if effective < 32:
+            return 0.5, 0.5
+        own_mean, own_variance, own = moments([visit for visit in visits if visit[1] == stratum])
+        if own >= 2:
+            mean = (own * own_mean + 16 * mean) / (own + 16)
+            variance = (own * own_variance + 16 * variance) / (own + 16)
+        mean = min(max(mean, 0.5 / effective), 1 - 0.5 / effective)
+        certainty = mean * (1 - mean) / variance - 1 if variance > 1e-12 else 100
+        certainty = min(max(certainty, 0.5), 100)
+        return mean * certainty, (1 - mean) * certainty
+
+    def weights(self, prompt, step):
+        """(weight, success, tokens) of each of its rows."""
+        return [(self.keep ** (step - when), s, t) for _, when, i, s, t in self.rows if i == prompt]
+
+    def belief(self, prompt, step):
+        a, b = self.priors[self.strata[prompt]]
+        scored = [(weight, s) for weight, s, _ in self.weights(prompt, step) if not math.isnan(s)]
+        return a + sum(w * s for w, s in scored), b + sum(w * (1 - s) for w, s in scored)
+
+    def last_seen(self, prompt):
+        return max((when for _, when, i, _, _ in self.rows if i == prompt), default=-1)
+
+    def expected_length(self, prompt):
+        rows = self.weights(prompt, self.last_seen(prompt))
+        rows = rows or [(0.9 ** (self.batches - 1 - batch), s, t) for batch, _, _, s, t in self.rows]
+        return sum(w * t for w, _, t in rows) / sum(w for w, _, _ in rows)
+
+    def retired(self, prompt, at, rollouts):
+        step = self.last_seen(prompt)
+        a, b = self.belief(prompt, step)
+        scored = sum(w for w, s, _ in self.weights(prompt, step) if not math.isnan(s))
+        return a / (a + b) >= at and scored >= rollouts
+
+
+def moments(visits):
+    """Mean and variance of the chances of success, and the effective number of prompts behind the variance."""
+    if not visits:
+        return NAN, NAN, 0.0
+    mean = sum(w * rate for w, _, _, rate, _ in visits) / sum(w for w, *_ in visits)
+    two = [(w, rate, noise) for w, _, count, rate, noise in visits if count > 1]
+    total, squares = sum(w for w, _, _ in two), sum(w * w for w, _, _ in two)
+    if not squares:
+        return mean, NAN, 0.0
+    of_two, effective = sum(w * rate for w, rate, _ in two) / total, total**2 / squares
+    spread = sum(w * (rate - of_two) ** 2 for w, rate, _ in two) / total
+    if effective == 1:
+        return mean, NAN, 1.0
+    return mean, spread / (1 - 1 / effective) - sum(w * noise for w, _, noise in two) / total, effective
+
+
+@pytest.mark.parametrize("forgetting", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("easiest", [0.5, 1.0])
+def test_sums_say_what_all_rows_say(forgetting, easiest):
+    """Against a slow implementation that keeps every row; some steps have two batches, others none."""
+    generator, prompts = np.random.default_rng(3), 50
+    strata = ["a"] * 20 + ["b"] * 29 + ["alone"]
+    chance = easiest * generator.beta(0.7, 0.7, prompts)
+    ledger, slow = PromptLedger(prompts, forgetting, strata), Remembered(strata, forgetting)
+    fitted = set()
+    for step, size in zip((0, 1, 1, 4, 5, 30), (40, 160, 160, 160, 160, 160), strict=True):
+        rows = np.where(generator.random(size) < 0.02, 49, generator.choice(45, size))  # 45 to 48 are never tried
+        successes = (generator.random(size) < chance[rows]) * generator.choice([0.5, 1, 1], size)
+        successes[generator.random(size) < 0.1] = NAN
+        lengths = generator.integers(1, 400, size)
+        ledger.observe(rows, successes, lengths, step)
+        slow.observe(rows, successes, lengths, step)
+        now, everything = step + 2, np.arange(prompts)
+        a, b = ledger.belief(everything, now)
+        np.testing.assert_allclose(np.stack([a, b], 1), [slow.belief(p, now) for p in everything], rtol=1e-5)
+        assert ledger.metrics()["ledger/drift"] == pytest.approx(slow.drift, rel=1e-5, nan_ok=True)
+        expected = [slow.expected_length(p) for p in everything]
+        np.testing.assert_allclose(ledger.expected_lengths(everything), expected, rtol=1e-5)
+        retired = ledger.retired(everything, 0.5, rollouts=4).tolist()
+        assert retired == [slow.retired(p, 0.5, 4) for p in everything]
+        fitted.add((ledger.prior.fitted, any(retired)))
+    assert fitted >= {(False, False), (True, True)}
+
+
+def test_outcomes_are_what_the_belief_adds_to_the_prior():
+    ledger = filled()
+    a_H, b_H = ledger.prior.strata()
+    for step in (19, 40):
+        a, b = ledger.belief(range(4), step)
+        successes, failures = ledger.outcomes(range(4), step)
+        np.testing.assert_allclose(a - successes, a_H[[0, 0, 1, 1]])
+        np.testing.assert_allclose(b - failures, b_H[[0, 0, 1, 1]])
+    assert successes[3] == failures[3] == 0 and successes[0] > 0  # prompt 3 is never in a batch of `filled`
+
+
+def test_beliefs_may_be_read_as_of_a_step_for_each_prompt():
+    ledger = PromptLedger(3, forgetting=1)
+    observe(ledger, {0: [1, 1]}, step=3)
+    observe(ledger, {1: [0, 1]}, step=7)
+    a, b = ledger.belief([0, 1, 2], ledger.last_seen_M)
+    assert a.tolist() == [2.5, 1.5, 0.5] and b.tolist() == [0.5, 1.5, 0.5]
+    with pytest.raises(ValueError, match="before step 7"):
+        ledger.belief([0, 1], np.array([3, 6]))
+
+
 # Lengths
 
 
@@ -303,6 +442,43 @@ def test_a_file_that_is_cut_off_or_missing_or_something_else_is_named(tmp_path):
     path.write_bytes(save({"weights": np.ones(4)}))
     with pytest.raises(RunError, match="no usable `counts`"):
         ledger.load(path)
+
+
+def test_a_ledger_opens_without_its_data(tmp_path):
+    ledger = filled(strata=("x", "x", "y", "y"))
+    ledger.save(tmp_path / "ledger.safetensors")
+    opened = PromptLedger.open(tmp_path / "ledger.safetensors", 0.1)
+    assert opened.stratum_M.tolist() == [0, 0, 1, 1] and opened.metrics()["ledger/seen"] == 0.75
+    for mine, its in zip(ledger.belief(range(4), 30), opened.belief(range(4), 30), strict=True):
+        np.testing.assert_array_equal(mine, its)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stratum": np.zeros((4, 1), dtype=np.int16)}, "is not a ledger"),
+        ({"stratum": np.arange(2000, dtype=np.int16)}, "is not a ledger"),
+        ({"stratum": np.zeros(4)}, "no usable `stratum`"),
+        ({"stratum": np.array([0, 0, 2, 2], dtype=np.int16)}, "divides the prompts otherwise"),
+        ({"stratum": np.zeros(5, dtype=np.int16)}, r"`counts` has the shape \(4, 4\), not \(5, 4\)"),
+        ({"counts": np.full((4, 4), -1, dtype=np.float32)}, "no usable `counts`"),
+        ({"last_seen": np.full(4, -2, dtype=np.int32)}, "no usable `last_seen`"),
+        ({"recent_rows_tokens": np.array([1.0, np.inf])}, "no usable `recent_rows_tokens`"),
+    ],
+)
+def test_what_is_no_ledger_does_not_open(change, message, tmp_path):
+    path = tmp_path / "ledger.safetensors"
+    path.write_bytes(save(filled().state_dict() | change))
+    with pytest.raises(RunError, match=message):
+        PromptLedger.open(path, 0.1)
+
+
+def test_weights_of_a_model_are_no_ledger(tmp_path):
+    """A file whose numbers NumPy does not know."""
+    header = b'{"weight":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]}}'
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(RunError, match=r"model.safetensors is not a ledger[\s\S]*BF16"):
+        PromptLedger.open(tmp_path / "model.safetensors", 0.1)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
