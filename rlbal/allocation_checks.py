@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from rlbal.allocation_sections import KnapsackAllocation
-from rlbal.errors import DataError, nearest
+from rlbal.errors import DataError, RecipeError, nearest
 from rlbal.prompts.allocation import check_bounds
 from rlbal.prompts.ledger import PromptLedger
 from rlbal.recipe import Recipe
@@ -15,14 +15,22 @@ if TYPE_CHECKING:
 
 
 def check_allocation(recipe: Recipe, plan: "BatchPlan") -> None:
-    """Whether `allocation.low` and `.high` allow the generation batch.
+    """Whether `allocation.low` and `.high` allow the generation batch, and leave something to decide.
 
     Raises:
         RecipeError: they do not.
     """
     section = recipe.allocation
-    if isinstance(section, KnapsackAllocation):
-        check_bounds(plan.prompts, plan.rollouts, section.low, section.high)
+    if not isinstance(section, KnapsackAllocation):
+        return
+    check_bounds(plan.prompts, plan.rollouts, section.low, section.high)
+    if plan.prompts == 1 or plan.rollouts_per_prompt in (section.low, section.high):
+        raise RecipeError(
+            f"{plan.prompts} prompts with {section.low} to {section.high} rollouts each and {plan.rollouts} in all "
+            "leave nothing to allocate",
+            fix=f"keep `algorithm.rollouts_per_prompt` ({plan.rollouts_per_prompt}) between `allocation.low` and "
+            "`allocation.high`, with several prompts to a batch, or set `allocation.method: uniform`",
+        )
 
 
 def strata_of(recipe: Recipe, rows: "Dataset") -> list[str] | None:

@@ -45,6 +45,14 @@ def group_rows(prompt_index_N: torch.Tensor) -> torch.Tensor:
     return torch.unique(prompt_index_N, return_inverse=True)[1]
 
 
+def prompt_mean(values_N: torch.Tensor, group_N: torch.Tensor) -> float:
+    """Mean over prompts of the mean over their rows, without NaN ones; NaN if nothing is left: (N,), (N,) -> number."""
+    present_N = ~values_N.isnan()
+    sums_P = torch.bincount(group_N[present_N], weights=values_N[present_N].double())
+    counts_P = torch.bincount(group_N[present_N])
+    return (sums_P[counts_P > 0] / counts_P[counts_P > 0]).mean().item()
+
+
 def batch_metrics(
     batch: RolloutBatch, weights_K: torch.Tensor, reward_names: list[str], success: int
 ) -> dict[str, float]:
@@ -63,6 +71,7 @@ def batch_metrics(
     for k, name in enumerate(reward_names):
         present = batch.rewards_NK[:, k][~batch.rewards_NK[:, k].isnan()].double()
         metrics[f"reward/{name}/mean"] = present.mean().item() if len(present) else float("nan")
+        metrics[f"reward/{name}/prompt_mean"] = prompt_mean(batch.rewards_NK[:, k], batch.group_N)
         metrics[f"reward/{name}/std"] = present.std().item() if len(present) > 1 else 0.0
         metrics[f"reward/{name}/none"] = 1.0 - len(present) / len(batch.rewards_NK)
         metrics[f"reward/{name}/dead_groups"] = dead_PK[:, k].double().mean().item()

@@ -1,5 +1,6 @@
 """What a recipe's `budget` needs of its other sections."""
 
+import math
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
@@ -7,11 +8,13 @@ from pydantic_core import PydanticCustomError
 
 from rlbal.budget_sections import (
     TOKEN_BUDGET,
+    AnyBudget,
     ConstantSection,
     DecayingSection,
     ExponentialSection,
     LinearSection,
     NoBudgetSection,
+    TokenBudgetSection,
     not_falling,
 )
 from rlbal.errors import RecipeError
@@ -55,23 +58,20 @@ def check_budget(recipe: "Recipe", trainer: dict[str, Any]) -> None:
     Raises:
         RecipeError: a budget above the tiny model's positions or `trainer.max_completion_length`, one that does not
             fall once the defaults are filled in, or more drops than there are steps. Other models' positions are known
-            when they are loaded, and `trainer.max_completion_length` is then compared with them.
+            when they are loaded (`check_positions`).
     """
     section, limit, tiny = recipe.budget, trainer["max_completion_length"], recipe.model.tiny
     if isinstance(section, NoBudgetSection) or limit is None:
         return
-    if isinstance(section, ConstantSection):
-        key, largest = "tokens", section.tokens
-    else:
-        key, largest = "start", section.first(limit)
-    if section.scope == "prompt" and section.prompt_scale[1] > 1:
-        largest = int(largest * section.prompt_scale[1])
-        key += "` x `budget.prompt_scale"
-    if tiny is not None and largest >= tiny.max_positions:
+    if tiny is not None:
+        _check_room(section, limit, tiny.max_positions, "lower it, or raise `model.tiny.max_positions`")
+    if section.cap and trainer["mask_truncated_completions"]:
         raise RecipeError(
-            f"`budget.{key}` ({largest}) leaves no room for a prompt in the model's {tiny.max_positions} positions",
-            fix="lower it, or raise `model.tiny.max_positions`",
+            "`trainer.mask_truncated_completions` would take out of the loss just what `budget.cap` cuts off",
+            why="nothing would teach the policy to stop within twice its budget",
+            fix="set `budget.cap: false`, or leave `trainer.mask_truncated_completions` out",
         )
+    key, largest = largest_budget(section, limit)
     if largest > limit:
         raise RecipeError(
             f"`budget.{key}` ({largest}) is more than `trainer.max_completion_length` ({limit}) allows",
@@ -83,6 +83,47 @@ def check_budget(recipe: "Recipe", trainer: dict[str, Any]) -> None:
         raise RecipeError(not_falling(section.first(limit), section.last(limit)))
     if isinstance(section, LinearSection | ExponentialSection):
         _check_total(section, trainer["max_steps"])
+
+
+def largest_budget(section: TokenBudgetSection, limit: int) -> tuple[str, int]:
+    """The key of the largest budget that any prompt gets, and its tokens, where completions have at most `limit`."""
+    if isinstance(section, ConstantSection):
+        key, largest = "tokens", section.tokens
+    else:
+        assert isinstance(section, DecayingSection)
+        key, largest = "start", section.first(limit)
+    if section.scope == "prompt" and section.prompt_scale[1] > 1:
+        return f"{key}` x `budget.prompt_scale", math.floor(largest * section.prompt_scale[1] + 0.5)
+    return key, largest
+
+
+def check_positions(section: AnyBudget, limit: int, positions: int) -> None:
+    """Whether a model that is loaded has room for a prompt beside the largest budget and the longest completion.
+
+    Args:
+        section: the recipe's `budget`.
+        limit: longest completion in tokens.
+        positions: of the model, prompt and completion together.
+
+    Raises:
+        RecipeError: it has not.
+    """
+    if not isinstance(section, NoBudgetSection):
+        _check_room(section, limit, positions, "lower it, and `trainer.max_completion_length` with it")
+    if limit >= positions:
+        raise RecipeError(
+            f"`trainer.max_completion_length` ({limit}) leaves no room for a prompt in the model's {positions} "
+            "positions",
+            fix="lower it",
+        )
+
+
+def _check_room(section: TokenBudgetSection, limit: int, positions: int, fix: str) -> None:
+    key, largest = largest_budget(section, limit)
+    if largest >= positions:
+        raise RecipeError(
+            f"`budget.{key}` ({largest}) leaves no room for a prompt in the model's {positions} positions", fix=fix
+        )
 
 
 def _check_total(section: LinearSection | ExponentialSection, max_steps: int) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from rlbal.check_report import Report, Say, Status, render
 from rlbal.gold import score_gold
-from rlbal.probe import probe
+from rlbal.probe import PROMPTS, probe
 from rlbal.quiet import quiet_libraries
 from rlbal.recipe import Recipe
 from rlbal.rewards.outcomes import verdict
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rlbal.batch_plan import BatchPlan
     from rlbal.prompts.data import PromptData
     from rlbal.rewards.suite import RewardSuite
+    from rlbal.scoring import Table
 
 __all__ = ["Report", "check_recipe", "render"]
 
@@ -62,7 +63,9 @@ def check_recipe(recipe: Recipe, name: str | None = None) -> Report:
     with report.step("data") as say:
         data = _load_data(bound, say)
     with tempfile.TemporaryDirectory() as folder, report.step("model") as say:
-        model, tokenizer = _load_model(recipe, Path(folder), say)
+        model, tokenizer = _load_model(bound, Path(folder), say)
+    with report.step("budget") as say:
+        _check_budget(bound, model, say)
     if data is not None and tokenizer is not None:
         with report.step("prompt lengths") as say:
             rows = _check_lengths(bound, data.train, model, tokenizer, report, say)
@@ -77,7 +80,7 @@ def check_recipe(recipe: Recipe, name: str | None = None) -> Report:
     with suite, report.step("columns"):
         suite.check_columns(data.train.column_names)
         with report.step("gold answers") as say:
-            _check_gold(recipe, suite, data.train, report, say)
+            _check_gold(bound, suite, data.train, report, say)
         if rows is not None:
             with report.step("probe") as say:
                 _probe(bound, suite, rows, model, tokenizer, report, say)
@@ -118,16 +121,18 @@ def _load_data(bound: Bound, say: Say) -> "PromptData":
     return data
 
 
-def _load_model(recipe: Recipe, folder: Path, say: Say) -> tuple[Any, Any]:
+def _load_model(bound: Bound, folder: Path, say: Say) -> tuple[Any, Any]:
     from rlbal.model import build_tiny, default_device, load_model, load_tokenizer
+    from rlbal.trainer_args import completion_limit
 
+    recipe = bound.recipe
     source: str | Path | None = recipe.model.name_or_path
     if recipe.model.tiny is not None:
         # The warm start takes minutes and does not depend on anything that is checked here.
         tiny = recipe.model.tiny.model_copy(update={"warm_start": None})
         cold = recipe.model_copy(update={"model": recipe.model.model_copy(update={"tiny": tiny})})
         source = folder / "tiny"
-        build_tiny(cold, None, source)
+        build_tiny(cold, None, source, completion_limit(bound.args))
     assert source is not None
     tokenizer = load_tokenizer(source, recipe.model)
     model: Any = load_model(source, recipe.model)
@@ -135,16 +140,42 @@ def _load_model(recipe: Recipe, folder: Path, say: Say) -> tuple[Any, Any]:
     return model.to(default_device()), tokenizer
 
 
+def _check_budget(bound: Bound, model: Any, say: Say) -> None:
+    """Say the budget schedule in words, and whether the model has room for it."""
+    from rlbal.budget_checks import check_positions
+    from rlbal.model import context_length
+    from rlbal.prompts.budget_words import in_words
+    from rlbal.trainer_args import completion_limit
+
+    section, limit = bound.recipe.budget, completion_limit(bound.args)
+    words = in_words(section, limit, bound.args.max_steps)
+    if words is None:
+        return
+    say("ok", words)
+    if model is not None and (positions := context_length(model)) is not None:
+        check_positions(section, limit, positions)
+
+
+def _first_rows(bound: Bound, rows: "Dataset", count: int) -> "tuple[Table, int]":
+    """The first rows as the first generation batch would have them, and where their completions would be cut off."""
+    from rlbal.prompts.budget import longest_completion, make_budget, tell_budget
+    from rlbal.trainer_args import completion_limit
+
+    recipe, limit = bound.recipe, completion_limit(bound.args)
+    budget = make_budget(recipe.budget, limit, bound.args.max_steps).tokens(0)
+    return tell_budget(rows[:count], recipe, budget or limit), longest_completion(recipe.budget, budget, limit)
+
+
 def _check_lengths(
     bound: Bound, rows: "Dataset", model: Any, tokenizer: Any, report: Report, say: Say
 ) -> "Dataset | None":
     """Look at the prompts in tokens; the rows that training would use, if there are any."""
     from rlbal.model import context_length
-    from rlbal.prompts.data import prompt_token_lengths
+    from rlbal.prompts.lengths import prompt_token_lengths
     from rlbal.trainer_args import chat_options, completion_limit
 
     data, completion = bound.recipe.data, completion_limit(bound.args)
-    lengths = prompt_token_lengths(rows, tokenizer, chat_options(bound.args))
+    lengths = prompt_token_lengths(rows, tokenizer, data, completion, chat_options(bound.args))
     median, high = (int(value) for value in np.percentile(lengths, [50, 99]))
     report.figures["prompt_tokens"] = {"median": median, "p99": high, "max": max(lengths)}
     say("ok", f"prompt tokens: median {median}, 99 % up to {high}, longest {max(lengths)}")
@@ -201,8 +232,9 @@ def _estimate(bound: Bound, model: Any, report: Report, say: Say) -> None:
     )
 
 
-def _check_gold(recipe: Recipe, suite: "RewardSuite", rows: "Dataset", report: Report, say: Say) -> None:
-    result = score_gold(suite, rows.select(range(min(GOLD_ROWS, len(rows)))), recipe.seed)
+def _check_gold(bound: Bound, suite: "RewardSuite", rows: "Dataset", report: Report, say: Say) -> None:
+    recipe = bound.recipe
+    result = score_gold(suite, _first_rows(bound, rows, GOLD_ROWS)[0], recipe.seed)
     if result is None:
         say("warning", "no column holds gold answers, so the rewards cannot be tried on them")
         return
@@ -228,7 +260,8 @@ def _probe(
     if recipe.model.tiny is not None and recipe.model.tiny.warm_start is not None:
         say("ok", "left out: the tiny model gets its warm start only when the run starts")
         return
-    result = probe(recipe, bound.args, suite, rows, model, tokenizer)
+    table, limit = _first_rows(bound, rows, PROMPTS)
+    result = probe(recipe, bound.args, suite, table, limit, model, tokenizer)
     report.figures["probe"] = result.to_json()
     listed = ", ".join(f"{name} {mean:.3f}" for name, mean in result.means.items())
     say(

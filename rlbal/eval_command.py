@@ -11,7 +11,7 @@ from rlbal.errors import RecipeError, RunError
 from rlbal.evaluation import Evaluation, evaluate_policy
 from rlbal.quiet import quiet_libraries
 from rlbal.recipe import Recipe, read_recipe
-from rlbal.run import RunDirectory, to_json
+from rlbal.run import RunDirectory, read_jsonl, to_json
 
 
 def evaluate_model(
@@ -41,8 +41,12 @@ def evaluate_model(
         recipe = read_recipe(run.path / "recipe.yaml", overrides)
     if checkpoint is not None and not run.is_run:
         raise RunError("--checkpoint goes with a run directory", why=f"`{target}` is a model")
-    source = model_folder(run, checkpoint) if run.is_run else target
-    evaluation = _evaluate(recipe, str(source))
+    source: str | Path = target
+    trained_budget = None
+    if run.is_run:
+        source = folder = model_folder(run, checkpoint)
+        trained_budget = budget_at(run, folder)
+    evaluation = _evaluate(recipe, str(source), trained_budget)
     if as_json:
         typer.echo(to_json({"model": str(source), **evaluation.to_json()}))
         return
@@ -81,9 +85,31 @@ def model_folder(run: RunDirectory, checkpoint: str | None) -> Path:
     return folder
 
 
-def _evaluate(recipe: Recipe, source: str) -> Evaluation:
+def budget_at(run: RunDirectory, folder: Path) -> int | None:
+    """The token budget that a run went on with from a model of its own; that of its last step for the final model.
+
+    Args:
+        run: its metrics.jsonl says `budget/tokens` for every step.
+        folder: what `model_folder` gave.
+
+    Returns:
+        None where no step had a budget.
+    """
+    step = int(folder.name.split("-")[1]) if folder != run.model_path else None
+    tokens = None
+    for record in read_jsonl(run.metrics_path) if run.metrics_path.is_file() else ():
+        if record.get("budget/tokens") is not None:
+            tokens = int(record["budget/tokens"])
+        if step is not None and record["step"] > step:
+            break
+    return tokens
+
+
+def _evaluate(recipe: Recipe, source: str, trained_budget: int | None) -> Evaluation:
+    """Evaluate the model of a folder or hub id; at its schedule's last budget where it was not trained with one."""
     quiet_libraries()
     from rlbal.model import default_device, load_model, load_tokenizer
+    from rlbal.prompts.budget import last_budget
     from rlbal.prompts.data import load_data
     from rlbal.rewards.suite import RewardSuite
     from rlbal.sampling import generate_samples
@@ -97,16 +123,19 @@ def _evaluate(recipe: Recipe, source: str) -> Evaluation:
     model: Any = load_model(source, recipe.model)
     model = model.to(default_device())
     tokens = recipe.evaluation.max_completion_length or completion_limit(args)
+    budget = last_budget(recipe.budget, completion_limit(args), args.max_steps)
+    if budget is not None and trained_budget is not None:
+        budget = trained_budget
     with RewardSuite.for_recipe(recipe, isolated=True) as suite:
         suite.check_columns(data.eval.column_names)
 
-        def generate(prompts: list, positions: list[int], greedy: bool) -> list:
+        def generate(prompts: list, positions: list[int], greedy: bool, limit: int) -> list:
             return generate_samples(
                 model,
                 tokenizer,
                 prompts,
                 recipe.evaluation,
-                max_new_tokens=tokens,
+                max_new_tokens=limit,
                 seed=recipe.seed,
                 greedy=greedy,
                 positions=positions,
@@ -114,4 +143,4 @@ def _evaluate(recipe: Recipe, source: str) -> Evaluation:
                 chat_template_kwargs=chat_options(args),
             )
 
-        return evaluate_policy(generate, data.eval, suite, recipe, max_new_tokens=tokens)
+        return evaluate_policy(generate, data.eval, suite, recipe, max_new_tokens=tokens, budget=budget)

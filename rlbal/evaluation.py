@@ -1,59 +1,32 @@
 """Held-out evaluation: sample, score, and turn the scores into figures with intervals.
 
 `evaluate_policy` knows nothing of models: it is given a function that generates (see `rlbal.sampling`), a reward suite
-and, on several processes, a function that gathers arrays. The figures themselves are in `rlbal.scoring_stats`.
+and, on several processes, a function that gathers arrays. Scores are in `rlbal.scoring`, figures in
+`rlbal.scoring_stats`.
+
+Prompts are sampled without a token budget, greedily too if the recipe says so, and at a budget if there is one. Prompts
+that tell a budget tell the longest completion where there is none.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rlbal.errors import DataError, RewardError, RunError, nearest
+from rlbal.prompts.budget import longest_completion, tell_budget
 from rlbal.recipe import Recipe
-from rlbal.rewards.loading import MEAN_LENGTH
-from rlbal.rewards.outcomes import Failure, Reason, verdict
+from rlbal.rewards.outcomes import Failure, merge, verdict
+from rlbal.scoring import Gather, Prompt, Sample, Share, Suite, Table, score_samples
 from rlbal.scoring_stats import Array, averages, bootstrap_intervals, by_difficulty, left_out, per_prompt
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Prompt = str | list[dict[str, Any]]
-EXAMPLES = 4
-
-
-class Sample(NamedTuple):
-    """One completion: token ids with the end token if there is one, the text without special tokens."""
-
-    ids: list[int]
-    text: str
-    truncated: bool
-
-
-class Suite(Protocol):
-    """What evaluation needs of `rlbal.rewards.RewardSuite`."""
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Names of the K rewards."""
-
-    def score(
-        self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], columns: dict[str, list[Any]]
-    ) -> NDArray[np.floating[Any]]:
-        """(N, K) raw rewards, NaN where a reward is missing."""
-
-    def take_failures(self) -> list[Failure]:
-        """What failed in this process since the last call."""
-
-
-# (prompts, their positions in the whole evaluation, greedy) -> the samples of each prompt.
-Generate = Callable[[list[Prompt], list[int], bool], list[list[Sample]]]
-# One process's rows -> the rows of all processes, in order of process.
-Gather = Callable[[Array], Array]
+# (prompts, their positions in the whole evaluation, greedy, longest completion in tokens) -> the samples of each prompt
+Generate = Callable[[list[Prompt], list[int], bool, int], list[list[Sample]]]
 
 
 @dataclass(frozen=True)
@@ -61,17 +34,19 @@ class Evaluation:
     """The result of one evaluation.
 
     Attributes:
-        metrics: means over prompts: `pass@k`, `mean@k`, `reward/<name>`, `length/mean`, `length/truncated`, and
-            `greedy/pass@1`, `greedy/reward/<name>`, `greedy/length/...` with greedy decoding. NaN: nothing to average.
+        metrics: means over prompts: `pass@k`, `mean@k`, `reward/<name>`, `length/mean` and `length/truncated`; with
+            greedy decoding `greedy/pass@1`, `greedy/reward/<name>`, `greedy/length/...`; at a token budget all of the
+            first kind as `budget/...`. NaN: nothing to average.
         intervals: 95 % bootstrap intervals over prompts, for every metric.
         left_out: metric -> prompts that have no value for it, where there are any.
         by_difficulty: value of the difficulty column -> its `prompts` and `metrics`, in ascending order.
-        missing: reward -> scores that are missing, greedy ones included, where there are any.
+        missing: reward -> scores that are missing, in all kinds together, where there are any.
         failures: reward -> reason -> scores that failed; rows that even out the processes' shares count twice.
         prompts: number of prompts.
-        samples: number of samples in all, greedy ones not counted.
-        settings: what was sampled with.
-        examples: a few rows with `prompt`, `completion`, `rewards`, `truncated` and `greedy`; hostile text, unescaped.
+        samples: number of samples of the first kind.
+        settings: what was sampled with; with a token budget also `budget` and `budget_max_new_tokens`.
+        examples: a few rows with `prompt`, `completion`, `rewards`, `truncated`, `greedy` and, at a token budget,
+            `budget`; hostile text, unescaped.
     """
 
     metrics: dict[str, float]
@@ -118,73 +93,6 @@ def _with_nan(value: Any) -> Any:
     return math.nan if value is None else value
 
 
-def share_of_rows(count: int, process_index: int, num_processes: int) -> list[int]:
-    """Positions of one process's rows: every `num_processes`-th, wrapping round so that all have equally many."""
-    per_process = math.ceil(count / num_processes)
-    return [(process_index + turn * num_processes) % count for turn in range(per_process)]
-
-
-def score_texts(
-    suite: Suite, table: dict[str, list[Any]], texts: list[str], ids: list[list[int]], mean_length: float | None = None
-) -> Array:
-    """Score completions outside TRL, in one call, so that rewards relative to the batch see all of it.
-
-    Args:
-        suite: the K rewards.
-        table: P rows as columns, `prompt` among them.
-        texts: P x S completions, the S of a row one after another.
-        ids: their tokens.
-        mean_length: mean completion length in tokens over all processes; default over these.
-
-    Returns:
-        (P * S, K) raw rewards, NaN where missing.
-    """
-    per_row = len(texts) // len(table["prompt"])
-    columns = {name: [value for value in values for _ in range(per_row)] for name, values in table.items()}
-    prompts = columns.pop("prompt")
-    completions: list[Any] = [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
-    if mean_length is None:
-        mean_length = sum(map(len, ids)) / len(ids)
-    columns[MEAN_LENGTH] = [mean_length] * len(texts)
-    return np.asarray(suite.score(prompts, completions, ids, columns), dtype=float)
-
-
-def _score(
-    suite: Suite, table: dict[str, list[Any]], samples: list[list[Sample]], in_order: Gather
-) -> tuple[Array, list[dict[str, Any]]]:
-    """Score every sample.
-
-    Args:
-        suite: the K rewards.
-        table: P rows as columns.
-        samples: S samples of each row.
-        in_order: this process's rows -> all rows of the evaluation, once each.
-
-    Returns:
-        (P, S, K + 2): rewards, length in tokens, 1 if truncated; and the first sample of the first prompts to show.
-    """
-    flat = [sample for row in samples for sample in row]
-    lengths = np.array([[len(sample.ids), sample.truncated] for sample in flat], dtype=float)
-    mean_length = in_order(lengths[:, 0].reshape(len(samples), -1)).mean()
-    rewards_NK = score_texts(
-        suite, table, [sample.text for sample in flat], [sample.ids for sample in flat], float(mean_length)
-    )
-    scores_PSK = np.concatenate([rewards_NK, lengths], axis=1).reshape(len(samples), len(samples[0]), -1)
-    examples = [
-        {
-            "prompt": table["prompt"][row],
-            "completion": samples[row][0].text,
-            "rewards": dict(zip(suite.names, scores_PSK[row, 0, :-2].tolist(), strict=True)),
-            "truncated": samples[row][0].truncated,
-        }
-        for row in range(min(EXAMPLES, len(samples)))
-    ]
-    return scores_PSK, examples
-
-
 def _check_success(success_PS: Array, name: str, declared: tuple[float, float] | None) -> tuple[float, float]:
     """The success reward's range, after a look at whether its values keep to it."""
     low, high = declared or (0.0, 1.0)
@@ -198,29 +106,6 @@ def _check_success(success_PS: Array, name: str, declared: tuple[float, float] |
             fix=f"set `rewards.functions.{name}.range` to the lowest and highest value it gives",
         )
     return low, high
-
-
-def _in_order(local_PSK: Array, *, positions: list[int], count: int, gather: Gather | None) -> Array:
-    """Gather all processes' rows and put each at its position; rows that pad a share fall on their twins."""
-    position_P1 = np.array(positions, dtype=float)[:, None]
-    flat = np.concatenate([position_P1, local_PSK.reshape(len(positions), -1)], axis=1)
-    gathered = flat if gather is None else gather(flat)
-    scores = np.full((count, flat.shape[1] - 1), np.nan)
-    scores[gathered[:, 0].astype(int)] = gathered[:, 1:]
-    return scores.reshape(count, *local_PSK.shape[1:])
-
-
-def _all_failures(suite: Suite, gather: Gather | None) -> list[Failure]:
-    """Failures over all processes, from counts alone; the examples are this process's own."""
-    found = {(failure.reward, failure.reason): failure for failure in suite.take_failures()}
-    kinds = [(name, reason) for name in suite.names for reason in get_args(Reason)]
-    counts = np.array([[found[kind].count if kind in found else 0 for kind in kinds]], dtype=float)
-    totals = (counts if gather is None else gather(counts)).sum(axis=0)
-    return [
-        Failure(*kind, int(total), found[kind].example if kind in found else "failed on another process")
-        for kind, total in zip(kinds, totals, strict=True)
-        if total
-    ]
 
 
 def _rows_to_use(rows: "Dataset", recipe: Recipe) -> int:
@@ -237,6 +122,82 @@ def _rows_to_use(rows: "Dataset", recipe: Recipe) -> int:
     return count
 
 
+class Condition(NamedTuple):
+    """One way of sampling the held-out prompts.
+
+    Attributes:
+        prefix: of its metrics' names.
+        greedy: one completion of the likeliest tokens per prompt.
+        told: tokens, where prompts tell a budget.
+        limit: longest completion in tokens.
+    """
+
+    prefix: str
+    greedy: bool
+    told: int
+    limit: int
+
+
+def conditions(recipe: Recipe, limit: int, budget: int | None) -> list[Condition]:
+    """How the prompts are sampled: without a budget, greedily if the recipe says so, and at the budget.
+
+    Args:
+        recipe: its `evaluation.greedy` and `budget`.
+        limit: longest completion in tokens without a budget.
+        budget: in tokens; None for none.
+    """
+    found = [Condition("", False, limit, limit)]
+    if recipe.evaluation.greedy:
+        found.append(Condition("greedy/", True, limit, limit))
+    if budget is not None:
+        found.append(Condition("budget/", False, budget, longest_completion(recipe.budget, budget, limit)))
+    return found
+
+
+class _Measured(NamedTuple):
+    """What one condition shows.
+
+    Attributes:
+        columns: metric -> (P,).
+        missing: (K,) scores that are missing.
+        failures: over all processes.
+        examples: this process's own.
+    """
+
+    columns: dict[str, Array]
+    missing: Array
+    failures: list[Failure]
+    examples: list[dict[str, Any]]
+
+
+def _measure(
+    generate: Generate, table: Table, suite: Suite, recipe: Recipe, share: Share, condition: Condition
+) -> _Measured:
+    """Sample this process's rows in one way, score them, and gather the scores of all."""
+    told = tell_budget(table, recipe, condition.told)
+    samples = generate(told["prompt"], share.positions, condition.greedy, condition.limit)
+    local_PSK, shown = score_samples(suite, told, samples, share)
+    failed = share.failures(suite)
+    if problem := verdict(failed, local_PSK[:, :, 0].size * share.num_processes, recipe.rewards):
+        raise RewardError(f"evaluation: {problem}")
+    scores_PSK = share.in_order(local_PSK)
+    names, success = list(suite.names), recipe.rewards.success_name
+    rewards_PSK, declared = scores_PSK[:, :, : len(names)], recipe.rewards.functions[success].range
+    columns = per_prompt(
+        rewards_PSK,
+        lengths_PS=scores_PSK[:, :, -2],
+        truncated_PS=scores_PSK[:, :, -1],
+        names=names,
+        success=success,
+        success_range=_check_success(rewards_PSK[:, :, names.index(success)], success, declared),
+        pass_at=[1] if condition.greedy else recipe.evaluation.pass_at,
+        prefix=condition.prefix,
+    )
+    budget = {"budget": condition.told} if condition.prefix == "budget/" else {}
+    examples = [{**example, "greedy": condition.greedy, **budget} for example in shown]
+    return _Measured(columns, np.isnan(rewards_PSK).sum(axis=(0, 1)), failed, examples)
+
+
 def evaluate_policy(
     generate: Generate,
     rows: "Dataset",
@@ -244,6 +205,7 @@ def evaluate_policy(
     recipe: Recipe,
     *,
     max_new_tokens: int,
+    budget: int | None = None,
     gather: Gather | None = None,
     process_index: int = 0,
     num_processes: int = 1,
@@ -256,9 +218,11 @@ def evaluate_policy(
     Args:
         generate: gives `samples_per_prompt` samples per prompt, or one if greedy.
         rows: columns `prompt` and whatever the rewards ask for.
-        suite: the rewards; one call per way of decoding.
-        recipe: its sections `evaluation`, `rewards` and `data.difficulty`, and its seed.
-        max_new_tokens: longest completion, recorded with the result.
+        suite: the rewards; one call per way of sampling.
+        recipe: its sections `evaluation`, `rewards` and `budget`, its templates, `data.difficulty` and seed.
+        max_new_tokens: longest completion.
+        budget: sample at this token budget too: prompts and the column `token_budget` hold it, and completions end
+            where training ends them.
         gather: collects rows over processes; needed when `num_processes` is above 1.
 
     Raises:
@@ -266,49 +230,30 @@ def evaluate_policy(
         RewardError: rewards failed more often than `rewards.on_error` allows (on every process alike), or the success
             reward leaves its range.
     """
-    settings, success, names = recipe.evaluation, recipe.rewards.success_name, list(suite.names)
-    count = _rows_to_use(rows, recipe)
-    positions = share_of_rows(count, process_index, num_processes)
-    table = rows.select(positions)[:]
-    in_order = partial(_in_order, positions=positions, count=count, gather=gather)
-    columns: dict[str, Array] = {}
-    examples: list[dict[str, Any]] = []
+    settings, count = recipe.evaluation, _rows_to_use(rows, recipe)
+    share = Share(count, gather, process_index, num_processes)
+    table = rows.select(share.positions)[:]
+    ways = conditions(recipe, max_new_tokens, budget)
+    measured = [_measure(generate, table, suite, recipe, share, way) for way in ways]
+    columns = {name: values_P for one in measured for name, values_P in one.columns.items()}
+    missing = np.sum([one.missing for one in measured], axis=0)
     failures: dict[str, dict[str, int]] = {}
-    missing = np.zeros(len(names), dtype=int)
-    for greedy in [False, True] if settings.greedy else [False]:
-        local_PSK, shown = _score(suite, table, generate(table["prompt"], positions, greedy), in_order)
-        failed = _all_failures(suite, gather)
-        if problem := verdict(failed, local_PSK[:, :, 0].size * num_processes, recipe.rewards):
-            raise RewardError(f"evaluation: {problem}")
-        scores_PSK = in_order(local_PSK)
-        rewards_PSK = scores_PSK[:, :, : len(names)]
-        declared = recipe.rewards.functions[success].range
-        columns |= per_prompt(
-            rewards_PSK,
-            lengths_PS=scores_PSK[:, :, -2],
-            truncated_PS=scores_PSK[:, :, -1],
-            names=names,
-            success=success,
-            success_range=_check_success(rewards_PSK[:, :, names.index(success)], success, declared),
-            pass_at=[1] if greedy else settings.pass_at,
-            prefix="greedy/" if greedy else "",
-        )
-        for failure in failed:
-            reasons = failures.setdefault(failure.reward, {})
-            reasons[failure.reason] = reasons.get(failure.reason, 0) + failure.count
-        missing += np.isnan(rewards_PSK).sum(axis=(0, 1))
-        examples += [{**example, "greedy": greedy} for example in shown]
+    for failure in merge(failure for one in measured for failure in one.failures):
+        failures.setdefault(failure.reward, {})[failure.reason] = failure.count
     by_column = recipe.data.difficulty
     used = settings.model_dump(include={"samples_per_prompt", "temperature", "top_p", "top_k"})
+    used |= {"max_new_tokens": max_new_tokens, "seed": recipe.seed}
+    if budget is not None:
+        used |= {"budget": budget, "budget_max_new_tokens": ways[-1].limit}
     return Evaluation(
         metrics=averages(columns),
         intervals=bootstrap_intervals(columns, recipe.seed),
         left_out=left_out(columns),
         by_difficulty=by_difficulty(rows[:count][by_column], columns) if by_column else {},
-        missing={name: int(number) for name, number in zip(names, missing, strict=True) if number},
+        missing={name: int(number) for name, number in zip(suite.names, missing, strict=True) if number},
         failures=failures,
         prompts=count,
         samples=count * settings.samples_per_prompt,
-        settings={**used, "max_new_tokens": max_new_tokens, "seed": recipe.seed},
-        examples=examples,
+        settings=used,
+        examples=[example for one in measured for example in one.examples],
     )

@@ -19,6 +19,8 @@ ESCAPES = re.compile(
     r"|\x1b.?"
 )
 SHOWN = 600
+BUDGET = "budget/"
+BUDGET_ROW = "budget"
 
 
 def printable(text: str, limit: int = SHOWN) -> str:
@@ -61,11 +63,17 @@ def _cell(evaluation: Evaluation, name: str) -> str:
 
 
 def _metric_names(evaluations: dict[str, Evaluation]) -> list[str]:
-    return list(dict.fromkeys(name for evaluation in evaluations.values() for name in evaluation.metrics))
+    """All metrics in order, each at a token budget right after the one without."""
+    names = list(dict.fromkeys(name for evaluation in evaluations.values() for name in evaluation.metrics))
+    pairs = [(name, BUDGET + name) for name in names if not name.startswith(BUDGET)]
+    return [name for pair in pairs for name in pair if name in names]
 
 
 def table(evaluations: dict[str, Evaluation]) -> Table:
-    """Metrics in rows, evaluations in columns, with 95 % intervals; two evaluations also get their difference."""
+    """Metrics in rows, evaluations in columns, with 95 % intervals; two evaluations also get their difference.
+
+    Where there was a token budget, the first row says which, and every metric at it stands below the one without.
+    """
     prompts = sorted({evaluation.prompts for evaluation in evaluations.values()})
     rendered = Table(
         title=Text("Held-out evaluation"),
@@ -76,6 +84,9 @@ def table(evaluations: dict[str, Evaluation]) -> Table:
         rendered.add_column(_line(label), justify="right")
     if len(evaluations) == 2:
         rendered.add_column("change", justify="right", no_wrap=True)
+    budgets = [evaluation.settings.get("budget") for evaluation in evaluations.values()]
+    if any(budgets):
+        rendered.add_row(Text(BUDGET_ROW), *(Text("–" if tokens is None else f"{tokens} tokens") for tokens in budgets))
     for name in _metric_names(evaluations):
         cells = [_cell(evaluation, name) for evaluation in evaluations.values()]
         if len(evaluations) == 2:
@@ -118,7 +129,7 @@ def examples_panel(evaluations: dict[str, Evaluation], count: int = 3) -> Render
         (label, example)
         for label, evaluation in evaluations.items()
         for example in evaluation.examples
-        if not example["greedy"]
+        if not example["greedy"] and "budget" not in example  # as prompted without a budget, so that prompts are equal
     ]
     prompts: list[str] = list(dict.fromkeys(_prompt_text(example["prompt"]) for _, example in sampled))
     panels = []

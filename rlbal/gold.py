@@ -7,12 +7,10 @@ import numpy as np
 
 from reward_fns._text import last_boxed
 from rlbal.check_report import figure
-from rlbal.evaluation import score_texts
+from rlbal.scoring import Table, score_texts
 from rlbal.scoring_stats import Array
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from rlbal.rewards.suite import RewardSuite
 
 # Columns that hold a gold answer, most usual names first, and the one that holds a worked solution beside it.
@@ -60,41 +58,42 @@ class GoldResult:
         }
 
 
-def score_gold(suite: "RewardSuite", rows: "Dataset", seed: int) -> GoldResult | None:
+def score_gold(suite: "RewardSuite", table: Table, seed: int) -> GoldResult | None:
     """Score gold and shuffled answers with every reward; None where fewer than two rows have a gold answer.
 
     Args:
         suite: the rewards.
-        rows: real rows.
+        table: real rows as columns.
         seed: of the shuffle.
     """
     correctness = [name for name in suite.names if set(suite.required_columns(name)) & set(ANSWERS)]
     needed = {column for name in correctness for column in suite.required_columns(name)}
-    present = [name for name in ANSWERS if name in rows.column_names]
+    present = [name for name in ANSWERS if name in table]
     if not present:
         return None
     column = next((name for name in present if name in needed), present[0])
-    rows = rows.select([row for row, value in enumerate(rows[column]) if value is not None])
-    if len(rows) < 2:
+    answered = [row for row, value in enumerate(table[column]) if value is not None]
+    if (count := len(answered)) < 2:
         return None
-    written = _write(rows, column)
-    first = rows.select(range(min(FORM_ROWS, len(rows))))
-    trial = {form: _means(suite, first, texts[: len(first)]) for form, texts in written.items()}
+    table = {name: [values[row] for row in answered] for name, values in table.items()}
+    written = _write(table, column)
+    first = {name: values[:FORM_ROWS] for name, values in table.items()}
+    trial = {form: _means(suite, first, texts[:FORM_ROWS]) for form, texts in written.items()}
     forms = {name: _best_form({form: trial[form][k] for form in trial}) for k, name in enumerate(suite.names)}
     # A shift by a random distance: every row gets another row's answer.
-    shift = int(np.random.default_rng(seed).integers(1, len(rows)))
+    shift = int(np.random.default_rng(seed).integers(1, count))
     chosen = {form: written[form] for form in dict.fromkeys(forms.values())}
-    gold = {form: _means(suite, rows, texts) for form, texts in chosen.items()}
-    shuffled = {form: _means(suite, rows, texts[shift:] + texts[:shift]) for form, texts in chosen.items()}
-    answers = ["".join(final(str(value)).split()) for value in rows[column]]
+    gold = {form: _means(suite, table, texts) for form, texts in chosen.items()}
+    shuffled = {form: _means(suite, table, texts[shift:] + texts[:shift]) for form, texts in chosen.items()}
+    answers = ["".join(final(str(value)).split()) for value in table[column]]
     equal = [own == other for own, other in zip(answers, answers[shift:] + answers[:shift], strict=True)]
     return GoldResult(
         means={name: (gold[forms[name]][k], shuffled[forms[name]][k]) for k, name in enumerate(suite.names)},
         forms=forms,
         correctness=correctness,
-        rows=len(rows),
+        rows=count,
         equal_share=float(np.mean(equal)),
-        completions=len(trial) * len(first) + 2 * len(chosen) * len(rows),
+        completions=len(trial) * min(FORM_ROWS, count) + 2 * len(chosen) * count,
     )
 
 
@@ -105,10 +104,10 @@ def final(solution: str) -> str:
     return text if boxed is None else boxed
 
 
-def _write(rows: "Dataset", column: str) -> dict[str, list[str]]:
+def _write(table: Table, column: str) -> dict[str, list[str]]:
     """Every gold answer in every form."""
-    worked = SOLUTION if SOLUTION in rows.column_names else column
-    pairs = [(final(str(answer)), str(solution)) for answer, solution in zip(rows[column], rows[worked], strict=True)]
+    worked = SOLUTION if SOLUTION in table else column
+    pairs = [(final(str(answer)), str(solution)) for answer, solution in zip(table[column], table[worked], strict=True)]
     return {
         form: [template.format(answer=answer, solution=solution) for answer, solution in pairs]
         for form, template in FORMS.items()
@@ -119,9 +118,9 @@ def _best_form(means: dict[str, float]) -> str:
     return max(means, key=lambda form: np.nan_to_num(means[form], nan=-np.inf))
 
 
-def _means(suite: "RewardSuite", rows: "Dataset", texts: list[str]) -> list[float]:
+def _means(suite: "RewardSuite", table: Table, texts: list[str]) -> list[float]:
     # Length rewards want tokens; characters stand in for them, since no gold answer has been tokenized.
-    return means(score_texts(suite, rows[:], texts, [[0] * len(text) for text in texts]))
+    return means(score_texts(suite, table, texts, [[0] * len(text) for text in texts]))
 
 
 def means(rewards_NK: Array) -> list[float]:

@@ -160,7 +160,7 @@ def report(
     a_M, b_M = ledger.belief(everything_M, steps_M)
     tried_M = ledger.last_seen_M != NEVER
     scored_M = tried_M & ~np.isnan(ledger.success_rates(everything_M))
-    retired_M = np.zeros_like(tried_M) if retire_at is None else ledger.retired(everything_M, retire_at)
+    retired_M = ledger.retired_M
     names = stratum_names or [str(value) for value in range(len(ledger.stratum_values))]
 
     def figures(indices: Ints) -> list[PromptFigures]:

@@ -9,6 +9,7 @@ import torch
 from pydantic import ConfigDict, Field, ValidationError, create_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlbal.budget_checks import has_budget_field
 from rlbal.errors import RecipeError, RlbalError, nearest
 from rlbal.recipe import ModelSection, Recipe
 
@@ -64,13 +65,14 @@ def _cannot_load(kind: str, name_or_path: str | Path, error: Exception) -> Rlbal
     )
 
 
-def build_tiny(recipe: Recipe, train: "Dataset", folder: Path) -> None:
+def build_tiny(recipe: Recipe, train: "Dataset | None", folder: Path, completion_limit: int) -> None:
     """Build the recipe's tiny model, warm-start it if asked to, and save it with its tokenizer.
 
     Args:
         recipe: a recipe with `model.tiny`.
-        train: training rows; the warm start makes its worked traces from their problems.
+        train: training rows; the warm start makes its worked traces from their problems. None without one.
         folder: where to save. A complete one is left as it is, so that resuming repeats nothing.
+        completion_limit: longest completion in tokens; prompts that tell a budget get random ones up to this.
 
     Raises:
         RlbalError: the warm start did not converge or the data do not suit it.
@@ -85,7 +87,9 @@ def build_tiny(recipe: Recipe, train: "Dataset", folder: Path) -> None:
     tokenizer = build_tokenizer(tiny.phrases)
     model = build_model(tiny, tokenizer, recipe.seed)
     if tiny.warm_start is not None:
-        warm_start(model, tokenizer, train, tiny.warm_start, recipe.seed)
+        assert train is not None
+        largest_budget = completion_limit if has_budget_field(recipe.data) else None
+        warm_start(model, tokenizer, train, tiny.warm_start, recipe.seed, largest_budget)
     aside = folder.with_name(folder.name + ".tmp")
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)

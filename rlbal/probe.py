@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlbal.check_report import figure
-from rlbal.evaluation import score_texts
 from rlbal.gold import means
 from rlbal.recipe import EvaluationSection, Recipe
+from rlbal.scoring import Table, score_texts
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from trl import GRPOConfig
 
     from rlbal.rewards.suite import RewardSuite
@@ -43,17 +42,20 @@ class ProbeResult:
 
 
 def probe(
-    recipe: Recipe, args: "GRPOConfig", suite: "RewardSuite", rows: "Dataset", model: Any, tokenizer: Any
+    recipe: Recipe, args: "GRPOConfig", suite: "RewardSuite", table: Table, limit: int, model: Any, tokenizer: Any
 ) -> ProbeResult:
-    """Sample and score rollouts of the first rows.
+    """Sample and score rollouts.
+
+    Args:
+        table: rows as columns, with the budget that they are to have.
+        limit: longest completion in tokens.
 
     Raises:
         RlbalError: the model cannot generate for them.
     """
     from rlbal.sampling import generate_samples
-    from rlbal.trainer_args import chat_options, completion_limit
+    from rlbal.trainer_args import chat_options
 
-    rows = rows.select(range(min(PROMPTS, len(rows))))
     count = min(ROLLOUTS, max(2, recipe.algorithm.rollouts_per_prompt))
     settings = EvaluationSection(
         samples_per_prompt=count, temperature=args.temperature, top_p=args.top_p, top_k=max(args.top_k, 0)
@@ -61,15 +63,15 @@ def probe(
     samples = generate_samples(
         model,
         tokenizer,
-        rows["prompt"][:],
+        table["prompt"],
         settings,
-        max_new_tokens=completion_limit(args),
+        max_new_tokens=limit,
         seed=recipe.seed,
         progress=True,
         chat_template_kwargs=chat_options(args),
     )
     flat = [sample for row in samples for sample in row]
-    rewards_NK = score_texts(suite, rows[:], [one.text for one in flat], [one.ids for one in flat])
+    rewards_NK = score_texts(suite, table, [one.text for one in flat], [one.ids for one in flat])
     success_PG = rewards_NK[:, suite.names.index(recipe.rewards.success_name)].reshape(len(samples), count)
     spread_P = np.fmax.reduce(success_PG, axis=1) - np.fmin.reduce(success_PG, axis=1)
     return ProbeResult(

@@ -158,7 +158,9 @@ class Recipe(Section):
         """Names that `evaluation.best_metric` may take."""
         pass_at = [f"pass@{k}" for k in self.evaluation.pass_at]
         rewards = [f"reward/{name}" for name in self.rewards.functions]
-        return [*pass_at, f"mean@{self.evaluation.samples_per_prompt}", *rewards]
+        plain = [*pass_at, f"mean@{self.evaluation.samples_per_prompt}", *rewards]
+        at_budget = [] if isinstance(self.budget, NoBudgetSection) else [f"budget/{name}" for name in plain]
+        return plain + at_budget
 
     @property
     def has_eval_data(self) -> bool:

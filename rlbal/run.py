@@ -9,6 +9,7 @@ best.json           which checkpoint scored best, and how
 warm_start/         the tiny model as RL found it (only with `model.tiny.warm_start`)
 model/              the final model
 ledger.safetensors  what was known of each prompt at the end (`rlbal ledger`)
+stopped.json        why the run ended before its last step, if it did
 """
 
 import json
@@ -25,7 +26,6 @@ from rlbal.recipe import Recipe, read_recipe
 MARKER = ".rlbal-run"
 STATE = "rlbal_state.json"
 LEDGER = "ledger.safetensors"
-STOPPED = "stopped"  # in metrics.jsonl: why the run ended with this step, before `trainer.max_steps`
 
 
 class RunDirectory:
@@ -130,6 +130,14 @@ class RunDirectory:
             )
         return checkpoints[-1]
 
+    @property
+    def stopped_path(self) -> Path:
+        return self.path / "stopped.json"
+
+    def record_stop(self, step: int, reason: str) -> None:
+        """Write down that the run ended with a step, before `trainer.max_steps`."""
+        write_whole(self.stopped_path, to_json({"step": step, "reason": reason}) + "\n")
+
     def evaluated_steps(self) -> set[int]:
         """Optimizer steps after which an evaluation is on record."""
         if not self.evaluations_path.is_file():
@@ -142,7 +150,8 @@ class RunDirectory:
             if path.is_file():
                 kept = [record for record in read_jsonl(path) if record["step"] <= step]
                 write_whole(path, "".join(to_json(record) + "\n" for record in kept))
-        (self.path / LEDGER).unlink(missing_ok=True)  # the run's last one no longer is; checkpoints have theirs
+        for path in (self.path / LEDGER, self.stopped_path):  # of an end that no longer is one
+            path.unlink(missing_ok=True)
 
 
 def to_json(record: dict[str, Any]) -> str:

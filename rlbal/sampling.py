@@ -28,8 +28,8 @@ from transformers import (
 from rlbal.decodable import unsupported
 from rlbal.decoding import check_finite, decode, draw, precision
 from rlbal.errors import DataError, RecipeError
-from rlbal.evaluation import Prompt, Sample
 from rlbal.recipe import EvaluationSection
+from rlbal.scoring import Prompt, Sample
 
 
 class InverseCdf(LogitsProcessor):

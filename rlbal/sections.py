@@ -235,7 +235,9 @@ class EvaluationSection(Section):
     max_completion_length: int | None = Field(default=None, ge=1, description="Default: the trainer's.")
     batch_size: int = Field(default=64, ge=1, description="Completions generated at once per process.")
     best_metric: str = Field(
-        default="pass@1", description="Keeps the best checkpoint: pass@k, mean@k or reward/<name>."
+        default="pass@1",
+        description="Keeps the best checkpoint: pass@k, mean@k or reward/<name>, with a `budget` also as budget/..., "
+        "which compares checkpoints at different budgets.",
     )
 
     @model_validator(mode="after")

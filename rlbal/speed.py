@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 # These losses divide by the tokens of the whole generation batch; the others by rows or tokens of a micro-batch.
 GLOBAL_TOKEN_LOSSES = ("dapo", "cispo", "vespo")
-# In these losses rows weigh alike; in the others tokens do.
-ROW_LOSSES = ("grpo", "sapo")
+# These losses divide by rows; the others by tokens.
+ROW_LOSSES = ("grpo", "sapo", "luspo", "dr_grpo")
 
 
 def inexact(args: "GRPOConfig", config: "PretrainedConfig | None" = None) -> str | None:

@@ -3,6 +3,7 @@
 Started by `rlbal train RECIPE` (one process) or `accelerate launch ... -m rlbal.train RECIPE` (several).
 """
 
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from rlbal.errors import DataError, RecipeError, RewardError, RlbalError, RunError, TrainingStopped
+from rlbal.budget_checks import check_positions
+from rlbal.errors import DataError, RewardError, RlbalError, RunError, TrainingStopped
 from rlbal.quiet import quiet_libraries
 from rlbal.recipe import Recipe, read_recipe
 from rlbal.run import LEDGER, RunDirectory, read_jsonl
@@ -168,22 +170,19 @@ def load_policy(inputs: Inputs, source: str | Path) -> Policy:
         RlbalError: it does not load, `lora:` does not suit it, or prompts and completions do not fit.
     """
     from rlbal.model import adapter_parameters, context_length, load_model, load_tokenizer, lora_config
-    from rlbal.prompts.data import limit_prompt_tokens
+    from rlbal.prompts.lengths import limit_prompt_tokens
     from rlbal.trainer_args import chat_options, completion_limit
 
     recipe, args = inputs.recipe, inputs.args
     tokenizer, model = load_tokenizer(source, recipe.model), load_model(source, recipe.model)
-    limit = context_length(model)
-    if limit is not None and completion_limit(args) >= limit:
-        raise RecipeError(
-            f"`trainer.max_completion_length` ({completion_limit(args)}) leaves no room for a prompt in the model's "
-            f"{limit} positions",
-            fix="lower it",
-        )
+    if (positions := context_length(model)) is not None:
+        check_positions(recipe.budget, completion_limit(args), positions)
     lora = lora_config(recipe)
     if lora is not None and args.deepspeed_plugin is None:  # ZeRO-3 has the weights in pieces already
         adapter_parameters(model, lora)
-    rows, note = limit_prompt_tokens(inputs.data.train, tokenizer, recipe.data, chat_options(args))
+    rows, note = limit_prompt_tokens(
+        inputs.data.train, tokenizer, recipe.data, completion_limit(args), chat_options(args)
+    )
     if note is not None and args.distributed_state.is_main_process:
         print(f"note: {note}", file=sys.stderr)
     _check_fills_batch(len(rows), inputs.plan)  # again: overlong prompts may be gone
@@ -250,7 +249,8 @@ def _train(
                 f"stopped after step {trainer.state.global_step}; the checkpoint is saved",
                 fix=f"continue: {resume_command(run)}",
             )
-        if reason := trainer.allocator.exhausted:
+        if trainer.accelerator.is_main_process and run.stopped_path.is_file():
+            reason = json.loads(run.stopped_path.read_text(encoding="utf-8"))["reason"]
             console.print(f"Training ended after step {trainer.state.global_step}: {reason}.", highlight=False)
     if trainer.last_evaluation is not None:
         evaluated = evaluated | {trainer.last_evaluation[0]}

@@ -130,8 +130,8 @@ def check_generation(recipe: Recipe, trainer: dict[str, Any]) -> None:
     """Refuse generation engines that cannot do what the recipe asks.
 
     Raises:
-        RecipeError: the vLLM server with groups that are not equal and at least two, two engines at once, or a loss
-            that cannot correct for vLLM as told.
+        RecipeError: the vLLM server with groups that are not equal and at least two, two engines at once, lengths or
+            numbers given to the engine behind the recipe's back, or a loss that cannot correct for vLLM as told.
     """
 
     def value(key: str) -> Any:
@@ -149,6 +149,13 @@ def check_generation(recipe: Recipe, trainer: dict[str, Any]) -> None:
             why="TRL sends every num_generations-th prompt to the server and asks for that many completions of each",
             fix="use `trainer.vllm_mode: colocate`, or `allocation.method: uniform` with "
             "`algorithm.rollouts_per_prompt` above 1",
+        )
+    limits = {"n", "max_tokens", "max_new_tokens", "max_length"} & set(value("generation_kwargs") or {})
+    if limits:
+        raise RecipeError(
+            f"`trainer.generation_kwargs.{min(limits)}` is decided elsewhere",
+            fix="`trainer.max_completion_length` and `budget` say how long completions get, `algorithm` and "
+            "`allocation` how many there are",
         )
     corrected = trainer.get("use_vllm") and value("vllm_importance_sampling_correction")
     if value("loss_type") == "vespo" and corrected and not value("vllm_importance_sampling_mode").startswith("token_"):

@@ -8,6 +8,9 @@ would leave its greedy answers right, and RL could only sharpen it. Steps are al
 (`random_error`) or written twice, `-1=3,-1=3` (`repeat_step`: something for a length reward to save), and one of the
 four tags is sometimes missing (`drop_tag`: something for a format reward to mend). Evaluation knows nothing of this:
 it scores answers against the true sums.
+
+Where prompts tell a token budget, each trace gets a random one that has nothing to do with its length. So the model has
+seen every budget, and what they mean is left to RL.
 """
 
 import json
@@ -25,6 +28,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlbal.errors import DataError, TrainingStopped
+from rlbal.prompts.budget import with_budget
 from rlbal.recipe import WarmStartSection
 
 EXPRESSION = re.compile(r"-?\d{1,9}( [+-] -?\d{1,9})*", re.ASCII)  # as chain_sum writes it
@@ -137,20 +141,27 @@ def _expressions(train: Dataset) -> list[str]:
 
 
 def _batches(
-    train: Dataset, tokenizer: PreTrainedTokenizerBase, settings: WarmStartSection, dice: Dice, count: int
+    train: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: WarmStartSection,
+    dice: Dice,
+    count: int,
+    largest_budget: int | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield token ids and labels, both (batch_size, tokens), of fresh traces; rows are drawn with replacement.
 
     Traces of similar length share a batch, so that little of it is padding.
     """
-    expressions = _expressions(train)
-    prompts = tokenizer(train["prompt"][:], add_special_tokens=False)["input_ids"]
-    size = settings.batch_size
+    expressions, templates, size = _expressions(train), train["prompt"][:], settings.batch_size
     while count > 0:
-        rows = dice.random.choices(range(len(prompts)), k=size * min(count, BATCHES_SORTED_TOGETHER))
+        rows = dice.random.choices(range(len(expressions)), k=size * min(count, BATCHES_SORTED_TOGETHER))
         texts = [worked_trace(expressions[row], settings, dice) for row in rows]
+        told = [templates[row] for row in rows]
+        if largest_budget is not None:  # drawn beside the dice: no completion depends on it
+            told = [with_budget(prompt, dice.random.randint(1, largest_budget)) for prompt in told]
+        prompts = tokenizer(told, add_special_tokens=False)["input_ids"]
         completions = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        pairs = [(prompts[row], [*ids, tokenizer.eos_token_id]) for row, ids in zip(rows, completions, strict=True)]
+        pairs = [(prompt, [*ids, tokenizer.eos_token_id]) for prompt, ids in zip(prompts, completions, strict=True)]
         pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
         batches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
         dice.random.shuffle(batches)
@@ -190,12 +201,19 @@ def _measure(
 
 
 def warm_start(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, train: Dataset, settings: WarmStartSection, seed: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    settings: WarmStartSection,
+    seed: int,
+    largest_budget: int | None = None,
 ) -> WarmStartResult:
     """Train the model in place on flawed traces of the training problems, the same for the same seed.
 
     Args:
         train: columns `prompt` (plain text) and `metadata` (JSON with `expression`), as reasoning-gym's chain_sum.
+        largest_budget: in tokens; a number from 1 to this takes the place of `{token_budget}` in each prompt. None:
+            the prompts have no such field.
 
     Raises:
         DataError: the rows are not `chain_sum` problems with plain prompts.
@@ -203,7 +221,7 @@ def warm_start(
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, settings.steps)
-    batches = _batches(train, tokenizer, settings, Dice(seed), settings.steps)
+    batches = _batches(train, tokenizer, settings, Dice(seed), settings.steps, largest_budget)
     model.train()
     for ids, labels in track(batches, "Warm start", settings.steps, console=Console(stderr=True)):
         loss = _loss(model, ids, labels)
@@ -214,7 +232,7 @@ def warm_start(
         optimizer.zero_grad()
     model.eval()
     dice = Dice(seed + 1)
-    result = _measure(model, _batches(train, tokenizer, settings, dice, TEST_BATCHES), dice)
+    result = _measure(model, _batches(train, tokenizer, settings, dice, TEST_BATCHES, largest_budget), dice)
     if not result.excess <= MAX_EXCESS:  # NaN is not
         raise TrainingStopped(
             f"the warm start did not converge in {settings.steps} steps: its loss is {result.loss:.3f} nats per token, "

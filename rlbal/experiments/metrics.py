@@ -44,7 +44,7 @@ def describe(metric: str) -> str:
 
 def direction(metric: str) -> Direction | None:
     """Which way is better: scores up; lengths, cost and time down; None for what is neither."""
-    name = metric.removeprefix(TRAIN).removeprefix("greedy/")
+    name = _bare(metric)
     if metric in COST or name in ("length/mean", "length/truncated", "step_time") or name.startswith("time/"):
         return "down"
     if name.startswith(("pass@", "mean@")):
@@ -56,7 +56,12 @@ def direction(metric: str) -> Direction | None:
 
 def unit(metric: str) -> str:
     """The metric's unit, empty for shares and scores."""
-    return UNITS.get(metric.removeprefix(TRAIN).removeprefix("greedy/"), "")
+    return UNITS.get(_bare(metric), "")
+
+
+def _bare(metric: str) -> str:
+    """The name without what says where and how it was measured."""
+    return metric.removeprefix(TRAIN).removeprefix("greedy/").removeprefix("budget/")
 
 
 def choose_metrics(asked: Iterable[str], results: list[RunResult]) -> tuple[list[str], list[str]]:
@@ -125,13 +130,15 @@ def measured_with(arm: Arm, metric: str) -> dict[str, Any]:
     found = {key: value for key, value in recipe.items() if key.startswith("data.") and key not in leave}
     found["evaluation.prompts"] = recipe.get("evaluation.prompts")
     settings = arm.first.evaluation.get("settings", {})
+    at_budget = metric.startswith("budget/")
+    settings = {key: value for key, value in settings.items() if at_budget or not key.startswith("budget")}
     found |= {f"evaluation.{key}": value for key, value in settings.items() if key != "seed"}
     return found | _reward_keys(arm, metric)
 
 
 def _reward_keys(arm: Arm, metric: str) -> dict[str, Any]:
     """The keys of the reward that a metric is made of: not its weight, which only training sees."""
-    rewards, name = arm.first.recipe.rewards, metric.removeprefix("greedy/")
+    rewards, name = arm.first.recipe.rewards, _bare(metric)
     if name.startswith(("pass@", "mean@")):
         reward = rewards.success_name
     elif name.startswith("reward/") and name.removeprefix("reward/") in rewards.functions:
@@ -139,4 +146,7 @@ def _reward_keys(arm: Arm, metric: str) -> dict[str, Any]:
     else:
         return {}
     spec = rewards.functions[reward].model_dump(mode="json")
-    return flat({key: spec[key] for key in ("function", "args", "range")}, f"rewards.functions.{reward}.")
+    found = flat({key: spec[key] for key in ("function", "args", "range")}, f"rewards.functions.{reward}.")
+    if spec["function"].startswith("reward_fns.length:"):  # with a schedule the budget shown is the target
+        found["budget.schedule"] = "none" if arm.first.recipe.budget.schedule == "none" else "any"
+    return found

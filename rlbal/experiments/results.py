@@ -11,7 +11,7 @@ from typing import Any
 from rlbal.errors import RecipeError, RunError
 from rlbal.recipe import Recipe
 from rlbal.recipe_file import parse_yaml
-from rlbal.run import STOPPED, RunDirectory
+from rlbal.run import RunDirectory
 
 SWEEP_RECORD = ".rlbal-sweep.yaml"  # in a sweep's folder: the sweep as it was started
 SAVED_LAST = "training_args.bin"  # transformers writes it into a model folder when all else is there
@@ -77,8 +77,7 @@ def unfinished(run: RunDirectory, recipe: Recipe) -> str | None:
     whole.
     """
     step, steps = last_step(run), recipe.trainer.get("max_steps", -1)
-    stopped = any(STOPPED in record for record in last_records(run.metrics_path, 1))
-    if isinstance(steps, int) and step < steps and not stopped:
+    if isinstance(steps, int) and step < steps and not run.stopped_path.is_file():
         return f"it is at step {step} of {steps}"
     if not (run.model_path / SAVED_LAST).is_file():
         return f"it is at step {step} and has no final model yet"

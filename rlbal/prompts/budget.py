@@ -13,6 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any, Literal
 
+from rlbal.budget_checks import has_budget_field
 from rlbal.budget_sections import (
     TOKEN_BUDGET,
     AdaptiveSection,
@@ -21,6 +22,8 @@ from rlbal.budget_sections import (
     LinearSection,
     NoBudgetSection,
 )
+from rlbal.errors import RunError
+from rlbal.recipe import Recipe
 
 PLACEHOLDER = f"{{{TOKEN_BUDGET}}}"
 
@@ -92,6 +95,33 @@ def with_budget(prompt: str | list[dict[str, str]], budget: int) -> str | list[d
     return [{**message, "content": message["content"].replace(PLACEHOLDER, str(budget))} for message in prompt]
 
 
+def tell_budget(table: dict[str, list[Any]], recipe: Recipe, tokens: int) -> dict[str, list[Any]]:
+    """Rows, as columns, that all have one token budget.
+
+    It is in the prompts where a template of the recipe holds the field, and, with a schedule, in the column
+    `token_budget`, which length rewards go by.
+    """
+    told = dict(table)
+    if has_budget_field(recipe.data):
+        told["prompt"] = [with_budget(prompt, tokens) for prompt in table["prompt"]]
+    if not isinstance(recipe.budget, NoBudgetSection):
+        told[TOKEN_BUDGET] = [tokens] * len(table["prompt"])
+    return told
+
+
+def longest_completion(section: AnyBudget, tokens: int | None, limit: int) -> int:
+    """Tokens at which a completion is cut off: 2·B where `budget.cap` says so, and `limit` in any case.
+
+    Args:
+        section: the recipe's `budget`.
+        tokens: the budget B, None for none.
+        limit: `trainer.max_completion_length`.
+    """
+    if tokens is None or isinstance(section, NoBudgetSection) or not section.cap:
+        return limit
+    return min(limit, generation_cap(tokens))
+
+
 class Budget(ABC):
     """What decides how many tokens completions may use. It decides values and keeps state; only the trainer logs."""
 
@@ -120,7 +150,11 @@ class Budget(ABC):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Go on from `state_dict`.
+
+        Raises:
+            RunError: it is of another budget.
+        """
         del state  # nothing learned, nothing saved
 
 
@@ -222,6 +256,7 @@ class AdaptiveBudget(Budget):
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "levels": self.levels,
             "level": self.level,
             "batches": self.batches,
             "accuracies": list(self.accuracies),
@@ -230,6 +265,12 @@ class AdaptiveBudget(Budget):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state.get("levels") != self.levels:
+            raise RunError(
+                f"the checkpoint's budget had the levels {state.get('levels')}, not {self.levels}",
+                why="where it stood among them would mean something else",
+                fix="resume with the `budget` in the run's recipe.yaml, or start the run again",
+            )
         self.level, self.batches = state["level"], state["batches"]
         self.accuracies, self.best, self.reason = list(state["accuracies"]), state["best"], state["reason"]
 
@@ -255,3 +296,17 @@ def make_budget(section: AnyBudget, limit: int, total: int) -> Budget:
     if section.gamma is not None and section.interval is not None:
         return DecayedBudget(start, section.gamma, section.interval)
     return SteppedBudget(exponential_levels(start, end, section.drops), total)
+
+
+def last_budget(section: AnyBudget, limit: int, total: int) -> int | None:
+    """The budget that a run ends with, in tokens; None without a schedule.
+
+    Of `adaptive`, the tightest one, though a run may end before it. Of `gamma` and `interval` in a run whose steps are
+    not known beforehand (`total` below 1), the first.
+
+    Args:
+        section, limit, total: as for `make_budget`.
+    """
+    if isinstance(section, AdaptiveSection):
+        return section.last(limit)
+    return make_budget(section, limit, total).tokens(max(0, total - 1))

@@ -97,69 +97,6 @@ def load_data(data: AnyData, seed: int) -> PromptData:
     return PromptData(train, _select(evaluation, eval_rows) if eval_rows else None, notes)
 
 
-def prompt_token_lengths(
-    dataset: datasets.Dataset, tokenizer: Any, chat_template_kwargs: dict[str, Any] | None = None
-) -> list[int]:
-    """Tokens of every prompt as the policy will see it: plain, or through the chat template up to the answer.
-
-    A `{token_budget}` field that is still to be rendered counts as it stands.
-
-    Raises:
-        DataError: chat prompts and a tokenizer whose chat template is missing or refuses them.
-    """
-    lengths: list[int] = []
-    for start in range(0, len(dataset), 1000):
-        prompts = dataset[start : start + 1000]["prompt"]
-        if isinstance(prompts[0], str):
-            lengths += map(len, tokenizer(prompts, verbose=False)["input_ids"])
-            continue
-        try:
-            encoded = tokenizer.apply_chat_template(
-                prompts, add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
-            )
-        except Exception as error:  # no template, or one that raises for these roles
-            raise DataError(
-                "the tokenizer cannot render the chat prompts",
-                why=str(error).splitlines()[0] if str(error) else type(error).__name__,
-                fix="use a model with a chat template that takes these roles, or plain prompts: leave out "
-                "`data.conversational` and `data.system`",
-            ) from None
-        lengths += map(len, encoded["input_ids"])
-    return lengths
-
-
-def limit_prompt_tokens(
-    dataset: datasets.Dataset, tokenizer: Any, data: DataSection, chat_template_kwargs: dict[str, Any] | None = None
-) -> tuple[datasets.Dataset, str | None]:
-    """Apply `data.max_prompt_tokens`: refuse longer prompts, or drop them and renumber `prompt_index`.
-
-    Returns:
-        The dataset and a note about dropped rows, or None if all were kept.
-
-    Raises:
-        DataError: a prompt is too long and `data.overlong` is `error`; all are; or the chat template is missing.
-    """
-    limit = data.max_prompt_tokens
-    if limit is None:
-        prompt_token_lengths(dataset.select([0]), tokenizer, chat_template_kwargs)  # is there a chat template?
-        return dataset, None
-    lengths = prompt_token_lengths(dataset, tokenizer, chat_template_kwargs)
-    kept = [row for row, length in enumerate(lengths) if length <= limit]
-    dropped = len(lengths) - len(kept)
-    if not dropped:
-        return dataset, None
-    longest = max(range(len(lengths)), key=lengths.__getitem__)
-    what = (
-        f"{dropped} of {len(lengths)} prompts have more than {limit} tokens; the longest is row {longest + 1} "
-        f"(prompt_id {dataset[longest]['prompt_id']}) with {lengths[longest]}"
-    )
-    if data.overlong == "error" or not kept:
-        raise DataError(what, fix="raise `data.max_prompt_tokens`, or set `data.overlong: drop` if others are shorter")
-    short = dataset.select(kept).flatten_indices(keep_in_memory=True).remove_columns("prompt_index")
-    index = {"prompt_index": pa.array(range(len(kept)), pa.int64())}
-    return _with_columns(short, index), f"dropped: {what}"
-
-
 def _read(data: AnyData, seed: int) -> tuple[Source, Source | None]:
     """The source of a recipe and, if the recipe names one, the source of its held-out rows."""
     if isinstance(data, ReasoningGymData):
@@ -210,7 +147,7 @@ def _render(source: Source, data: DataSection) -> _Rendered:
     kept = source.dataset.remove_columns([name for name in ADDED if name in names])
     kind = pa.string() if isinstance(prompts[0], str) else MESSAGES
     added = {"prompt": pa.array(prompts, kind), "prompt_id": pa.array(ids, pa.string())}
-    return _Rendered(replace(source, dataset=_with_columns(kept, added)), keys, ids)
+    return _Rendered(replace(source, dataset=with_columns(kept, added)), keys, ids)
 
 
 def _rename(source: Source, columns: dict[str, str]) -> Source:
@@ -290,10 +227,10 @@ def _select(rendered: _Rendered, rows: list[int]) -> datasets.Dataset:
     # The column comes first: after a selection, `datasets` would write all rows to a cache file to add one.
     positions = np.full(len(rendered.keys), -1)
     positions[rows] = np.arange(len(rows))
-    dataset = _with_columns(rendered.source.dataset, {"prompt_index": pa.array(positions)})
+    dataset = with_columns(rendered.source.dataset, {"prompt_index": pa.array(positions)})
     return dataset.select(np.array(rows))
 
 
-def _with_columns(dataset: datasets.Dataset, columns: dict[str, pa.Array]) -> datasets.Dataset:
+def with_columns(dataset: datasets.Dataset, columns: dict[str, pa.Array]) -> datasets.Dataset:
     """Add columns in memory. (`Dataset.add_column` pickles every value for its fingerprint: slow for messages.)"""
     return datasets.concatenate_datasets([dataset, datasets.Dataset(pa.table(columns))], axis=1)

@@ -64,6 +64,7 @@ class PromptLedger:
         self.last_seen_M = np.full(num_prompts, NEVER, dtype=np.int32)
         self.prior = PromptPrior(len(self.stratum_values))
         self.recent_rows_tokens = np.zeros(2)  # of the last batches, as the prior
+        self.retired_M = np.zeros(num_prompts, dtype=bool)
         self._place_M = np.zeros(num_prompts, dtype=np.int32)  # for `_group` alone: it need not sort the rows
         self._seen, self._drift = 0, float("nan")
 
@@ -98,7 +99,9 @@ class PromptLedger:
             for values_N in (scored_N, success_N, square_N, length_N)
         )
         old_PC = self._counts(prompts_P, step)
-        self._compare(prompts_P, old_PC, count_P, success_P, square_P)
+        # With nothing but the last visit kept, it is what was believed.
+        known_PC = self._stored(prompts_P) if self.forgetting == 1.0 else old_PC
+        self._compare(prompts_P, known_PC, count_P, success_P, square_P)
         self.counts_MC[prompts_P] = old_PC + np.stack([success_P, count_P - success_P, rows_P, tokens_P], axis=1)
         self._seen += int((self.last_seen_M[prompts_P] == NEVER).sum())
         self.last_seen_M[prompts_P] = step
@@ -164,17 +167,23 @@ class PromptLedger:
         recent_P = np.full(len(counts_PC), tokens / rows if rows else 0.0)
         return np.divide(counts_PC[:, TOKENS], counts_PC[:, ROWS], out=recent_P, where=counts_PC[:, ROWS] > 0)
 
-    def retired(self, indices_P: npt.ArrayLike, at: float, rollouts: float = 8) -> npt.NDArray[np.bool_]:
-        """Whether a prompt is solved well enough to leave the pool: (P,) -> (P,) bool.
+    def solved(self, indices_P: npt.ArrayLike, at: float, rollouts: float = 8) -> npt.NDArray[np.bool_]:
+        """Whether the posterior mean of a prompt is `at` or more, with so many counts at least: (P,) -> (P,) bool.
 
-        It is when its posterior mean is `at` or more, with `rollouts` counts at least, the counts as they stood when it
-        was last tried: a prompt that is no longer tried does not come back because they are forgotten. The prior is the
-        present one, as in `belief`.
+        Its counts are those of when it was last tried, the prior is the present one.
         """
         indices_P = self._checked(indices_P)
         counts_PC = self._stored(indices_P)
         a_P, b_P = self._posterior(indices_P, counts_PC)
         return (a_P / (a_P + b_P) >= at) & (counts_PC[:, SUCCESSES] + counts_PC[:, FAILURES] >= rollouts)
+
+    def retire(self, indices_P: npt.ArrayLike, at: float) -> None:
+        """Decide which of the prompts just tried leave the pool (`retired_M`): those that are `solved`.
+
+        It is decided when a prompt is tried and then stands. Otherwise prompts would come back untried, since the prior
+        falls as the easy ones leave.
+        """
+        self.retired_M[self._checked(indices_P)] = self.solved(indices_P, at)
 
     def metrics(self) -> dict[str, float]:
         """Share of prompts tried so far, the prior of all prompts (`prior_fitted` 0: Beta(1/2, 1/2) for want of data).
@@ -221,6 +230,7 @@ class PromptLedger:
             "stratum": self.stratum_M,
             "prior": self.prior.sums_HS,
             "recent_rows_tokens": self.recent_rows_tokens,
+            "retired": self.retired_M,
         }
 
     def load_state_dict(self, state: dict[str, npt.NDArray]) -> None:
@@ -241,7 +251,7 @@ class PromptLedger:
             raise RunError("the checkpoint's ledger divides the prompts otherwise (`allocation.strata`)", fix=fix)
         self.counts_MC, self.last_seen_M = state["counts"].copy(), state["last_seen"].copy()
         self.prior.sums_HS = state["prior"].copy()
-        self.recent_rows_tokens = state["recent_rows_tokens"].copy()
+        self.recent_rows_tokens, self.retired_M = state["recent_rows_tokens"].copy(), state["retired"].copy()
         self._seen, self._drift = int((self.last_seen_M != NEVER).sum()), float("nan")
 
     def save(self, path: Path) -> None:

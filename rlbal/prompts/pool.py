@@ -30,6 +30,7 @@ class PromptPool:
         self.num_prompts, self.shuffle, self.seed, self.review_fraction = num_prompts, shuffle, seed, review_fraction
         self.epoch, self.position = 0, 0
         self._order_of: tuple[int, Ints] | None = None
+        self._reviewed_of: tuple[int, Mask] | None = None
 
     def draw(self, count: int, retired: Retired | None = None) -> Ints:
         """The next prompts, all different: (count,).
@@ -82,7 +83,10 @@ class PromptPool:
         """Which prompts this epoch has even if they have retired."""
         if self.review_fraction == 0.0:
             return np.zeros(len(prompts), dtype=bool)
-        return (np.random.default_rng((self.seed, epoch)).random(self.num_prompts) < self.review_fraction)[prompts]
+        if self._reviewed_of is None or self._reviewed_of[0] != epoch:
+            draws = np.random.default_rng((self.seed, epoch)).random(self.num_prompts)
+            self._reviewed_of = epoch, draws < self.review_fraction
+        return self._reviewed_of[1][prompts]
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}

@@ -190,21 +190,33 @@ def required_columns(spec: "RewardSpec", said: Signature) -> tuple[str, ...]:
     return tuple(parameter for parameter, required in said.named.items() if required and parameter not in given)
 
 
-def check_columns(section: "RewardsSection", signatures: Mapping[str, Signature], columns: Iterable[str]) -> None:
-    """Check that the dataset has every column that the rewards need.
+def check_columns(
+    section: "RewardsSection", signatures: Mapping[str, Signature], columns: Iterable[str], has_budget: bool = False
+) -> None:
+    """Check that every column that the rewards need is there.
 
     Args:
         section: the recipe's `rewards`.
         signatures: of each reward's function.
-        columns: of the dataset, and those that the trainer adds.
+        columns: of the dataset.
+        has_budget: whether a budget schedule adds the column `token_budget`; `mean_completion_length` always is added.
 
     Raises:
         RewardError: naming the reward, the column and what there is.
     """
-    columns = sorted(columns)
+    from rlbal.budget_sections import TOKEN_BUDGET
+
+    columns, added = sorted(columns), {MEAN_LENGTH, TOKEN_BUDGET} if has_budget else {MEAN_LENGTH}
     for name, said in signatures.items():
         for column in required_columns(section.functions[name], said):
-            if column not in columns:
+            if column == TOKEN_BUDGET and not has_budget:
+                raise RewardError(
+                    f"reward `{name}` needs column `{TOKEN_BUDGET}`, and the recipe has no budget",
+                    why="only a budget schedule provides it",
+                    fix="set `budget.schedule`, e.g. `budget: {schedule: constant, tokens: 64}`, or give it in "
+                    f"`rewards.functions.{name}.args`",
+                )
+            if column not in columns and column not in added:
                 there = ", ".join(f"`{one}`" for one in columns)
                 raise RewardError(
                     f"reward `{name}` needs column `{column}`; the dataset has {there}",

@@ -55,13 +55,15 @@ class RewardSuite:
         section: the recipe's `rewards`.
         isolated: import and run every reward in workers; those that rlbal does not ship, in sealed ones. What TRL's
             trainer gives rewards (`trainer_state` and the like) is then None or without effect.
+        has_budget: a budget schedule adds the column `token_budget`.
 
     Raises:
         RewardError: a function cannot be loaded or does not fit its entry in the recipe.
     """
 
-    def __init__(self, section: RewardsSection, isolated: bool = False) -> None:
+    def __init__(self, section: RewardsSection, isolated: bool = False, has_budget: bool = False) -> None:
         self.section, self.isolated, self.names = section, isolated, list(section.functions)
+        self.has_budget = has_budget
         specs = section.functions
         self._loaded = {} if isolated else {name: load_function(name, specs[name].function) for name in specs}
         self._failures: list[Failure] = []
@@ -79,20 +81,20 @@ class RewardSuite:
 
     @classmethod
     def for_recipe(cls, recipe: Recipe, isolated: bool = False) -> Self:
-        """The rewards of a recipe, fitted to its data (`rlbal.rewards.gym_tasks`).
+        """The rewards of a recipe, fitted to its data (`rlbal.rewards.gym_tasks`) and its budget.
 
         Raises:
             RewardError: as the class itself; or a scorer would evaluate code without `unsafe: true`.
         """
-        return cls(fit_to_data(recipe), isolated)
+        return cls(fit_to_data(recipe), isolated, recipe.budget.schedule != "none")
 
     def check_columns(self, columns: list[str]) -> None:
-        """Check that the rewards find the columns they need among those of the dataset and the trainer.
+        """Check that the rewards find the columns they need among those of the dataset and those the trainer adds.
 
         Raises:
             RewardError: naming the reward and the missing column.
         """
-        check_columns(self.section, self._signatures, columns)
+        check_columns(self.section, self._signatures, columns, self.has_budget)
 
     def required_columns(self, name: str) -> tuple[str, ...]:
         """Dataset columns that a reward cannot do without."""

@@ -53,7 +53,7 @@ class RolloutAllocator:
         self.section, self.plan, self.seed = recipe.allocation, plan, recipe.seed
         self.pool = PromptPool(len(rows), shuffle, recipe.seed, self.section.review_fraction)
         self.ledger = PromptLedger(len(rows), self.section.resolved_forgetting, strata_of(recipe, rows))
-        self._believed_P = np.empty(0)
+        self.accuracy = float("nan")  # of the policy on the training data, as far as the last batch shows
         self._tables: dict[str, Any] = {}
 
     def draw(self, step: int) -> Ints:
@@ -78,8 +78,7 @@ class RolloutAllocator:
         return posterior_counts(section.value, *self.ledger.belief(prompts_P, step), *bounds, rng)
 
     def _retired(self, prompts: Ints) -> Mask:
-        assert self.section.retire_at is not None
-        return self.ledger.retired(prompts, self.section.retire_at)
+        return self.ledger.retired_M[prompts]
 
     @property
     def exhausted(self) -> str | None:
@@ -92,8 +91,13 @@ class RolloutAllocator:
         )
 
     def believed(self, prompts: npt.ArrayLike, step: int) -> Floats:
-        """The mean success believed of some prompts, in the order given."""
-        a, b = self.ledger.belief(prompts, step)
+        """The mean success believed of some prompts, in the order given.
+
+        Where all but the last visit is forgotten, it is as of that visit: at any later step nothing would be left.
+        """
+        indices = np.asarray(prompts)
+        at = np.maximum(self.ledger.last_seen_M[indices], 0) if self.ledger.forgetting == 1.0 else step
+        a, b = self.ledger.belief(indices, at)
         return a / (a + b)
 
     def observe(self, batch: RolloutBatch, success_N: Floats, step: int) -> None:
@@ -116,12 +120,19 @@ class RolloutAllocator:
             "allocation/by_success": _by_tenths(rate_P, counts_P),
         }
         self.ledger.observe(index_N, success_N, batch.completion_tokens_N.numpy(), step)
+        if self.section.retire_at is not None:
+            self.ledger.retire(prompts_P, self.section.retire_at)
+        # By prompts, since allocation gives hard ones more rows, and with those that are no longer drawn.
+        retired = float(self.ledger.retired_M.mean())
+        self.accuracy = (
+            (1 - retired) * float(np.mean(rate_P[scored_P > 0])) + retired if scored_P.any() else float("nan")
+        )
 
     def metrics(self) -> dict[str, float]:
         metrics = self.ledger.metrics()
         if self.section.retire_at is not None:
-            metrics["ledger/retired"] = float(self._retired(np.arange(self.pool.num_prompts)).mean())
-        return metrics
+            metrics["ledger/retired"] = float(self.ledger.retired_M.mean())
+        return metrics | {"allocation/epoch": float(self.pool.epoch)}
 
     def tables(self) -> dict[str, Any]:
         """`allocation/by_rate`: [prompts, rollouts] of the last batch, by the success that was believed before it, in

@@ -15,7 +15,7 @@ from rlbal.balance.hypervolume import HypervolumeWeighting
 from rlbal.balance.normalization import BetaNormalizer, to_unit_interval
 from rlbal.balance.weighting import FixedWeighting, ScheduledWeighting, Weighting
 from rlbal.balance_sections import TOKENS, GradientWeights, HypervolumeWeights, ScheduledWeights
-from rlbal.batch import RolloutBatch
+from rlbal.batch import RolloutBatch, prompt_mean
 from rlbal.errors import RunError
 from rlbal.recipe import Recipe
 
@@ -35,6 +35,7 @@ class RewardBalance:
         ranges = [spec.range for spec in functions.values()]
         self.ranges_K2 = torch.tensor(ranges).double() if all(ranges) else None
         self.weighting = make_weighting(recipe, max_length)
+        self.by_prompt = advantage.aggregation == "prompt"
         self.weights_K = self.weighting.weights(0.0)
         self.batches = 0
         self.beta: BetaNormalizer | None = None
@@ -54,7 +55,7 @@ class RewardBalance:
         """
         self.batches += 1
         if isinstance(self.section, HypervolumeWeights) and self.section.source == "train":
-            self._observe_scores(_training_scores(batch, self.names))
+            self._observe_scores(_training_scores(batch, self.names, self.by_prompt))
         if self.beta is not None:
             assert self.ranges_K2 is not None  # the recipe has seen to it
             self.beta.observe(to_unit_interval(batch.rewards_NK.double(), self.ranges_K2), batch.group_N)
@@ -157,8 +158,14 @@ def make_weighting(recipe: Recipe, max_length: int) -> Weighting:
     return FixedWeighting(weights)
 
 
-def _training_scores(batch: RolloutBatch, names: list[str]) -> dict[str, float]:
-    """Mean of every reward over the rows that have it (NaN if none has), and of the completions' lengths."""
+def _training_scores(batch: RolloutBatch, names: list[str], by_prompt: bool) -> dict[str, float]:
+    """Mean of every reward over the rows that have it (NaN if none has), and of the completions' lengths.
+
+    By prompt where prompts weigh alike: otherwise the scores would fall when hard prompts get more rows.
+    """
+    if by_prompt:
+        columns = {TOKENS: batch.completion_tokens_N.double(), **dict(zip(names, batch.rewards_NK.T, strict=True))}
+        return {name: prompt_mean(values_N, batch.group_N) for name, values_N in columns.items()}
     means = batch.rewards_NK.double().nanmean(dim=0).tolist()
     tokens = batch.completion_tokens_N.double().mean().item()
     return {TOKENS: tokens, **dict(zip(names, means, strict=True))}

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rlbal.run import STOPPED, RunDirectory, append_jsonl, to_json, write_whole
+from rlbal.run import RunDirectory, append_jsonl, to_json, write_whole
 
 if TYPE_CHECKING:
     from rlbal.trainers.grpo import BalancedGRPOTrainer
@@ -31,23 +31,35 @@ class RunRecorder(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         assert self.trainer is not None
-        if state.global_step >= state.max_steps or self.trainer.allocator.exhausted is not None:
+        self.trainer.remember()
+        self._note_end(state)
+        if state.global_step >= state.max_steps or self.stopped is not None:
             raise NothingLeft
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # The last evaluation belongs inside the loop, where a best checkpoint can still be saved.
         trainer = self.trainer
         assert trainer is not None
-        if state.global_step < state.max_steps and trainer.generation_is_due:
-            self.stopped = trainer.allocator.exhausted
+        trainer.remember()
+        if trainer.generation_is_due:
+            self._note_end(state)
         if self.stopped is not None:
             control.should_training_stop = control.should_save = True
         if (self.stopped or state.global_step >= state.max_steps) and trainer.evaluator is not None:
             control.should_evaluate |= trainer.recipe.evaluation.at_end
 
+    def _note_end(self, state: TrainerState) -> None:
+        """Find out, and record, whether there are no prompts left before the last step."""
+        assert self.trainer is not None
+        if state.global_step < state.max_steps:
+            self.stopped = self.trainer.allocator.exhausted
+        if self.stopped is not None and state.is_world_process_zero:
+            self.run.record_stop(state.global_step, self.stopped)
+
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         assert self.trainer is not None
         self.trainer.step_started = time.perf_counter()
+        self.trainer.remember()
 
     def on_log(
         self,
@@ -60,8 +72,6 @@ class RunRecorder(TrainerCallback):
         if state.is_world_process_zero and logs is not None and "loss" in logs:
             assert self.trainer is not None
             tables = self.trainer.balance.tables() | self.trainer.budget.tables() | self.trainer.allocator.tables()
-            if self.stopped is not None:
-                tables[STOPPED] = self.stopped
             append_jsonl(self.run.metrics_path, {"step": state.global_step, **logs, **tables})
 
     def on_evaluate(

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from rlbal.evaluation import Evaluation, Prompt, Sample, evaluate_policy
+from rlbal.evaluation import Evaluation, evaluate_policy
 from rlbal.sampling import end_tokens, generate_samples, prompt_token_ids
+from rlbal.scoring import Prompt, Sample
 from rlbal.trainer_args import chat_options, completion_limit
 from rlbal.trainers.rollout import policy_for_generation, weights_in_parts
 
@@ -28,13 +29,16 @@ class PolicyEvaluator:
 
     def run(self) -> Evaluation:
         """Evaluate on every process; all of them return the same metrics."""
-        accelerator = self.trainer.accelerator
+        accelerator, state = self.trainer.accelerator, self.trainer.state
+        # After the last step there is no next one with a budget of its own.
+        step = max(0, min(state.global_step, state.max_steps - 1))
         return evaluate_policy(
             self._vllm_samples if self.trainer.use_vllm else self._samples,
             self.rows,
             self.trainer.suite,
             self.trainer.recipe,
             max_new_tokens=self.max_new_tokens,
+            budget=self.trainer.budget.tokens(step),
             gather=self._gather if accelerator.num_processes > 1 else None,
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
@@ -44,7 +48,7 @@ class PolicyEvaluator:
         accelerator = self.trainer.accelerator
         return accelerator.gather(torch.from_numpy(rows).to(accelerator.device)).cpu().numpy()
 
-    def _samples(self, prompts: list[Prompt], positions: list[int], greedy: bool) -> list[list[Sample]]:
+    def _samples(self, prompts: list[Prompt], positions: list[int], greedy: bool, limit: int) -> list[list[Sample]]:
         trainer = self.trainer
         with policy_for_generation(trainer) as model:
             return generate_samples(
@@ -52,7 +56,7 @@ class PolicyEvaluator:
                 trainer.tokenizer,
                 prompts,
                 trainer.recipe.evaluation,
-                max_new_tokens=self.max_new_tokens,
+                max_new_tokens=limit,
                 seed=trainer.recipe.seed,
                 greedy=greedy,
                 positions=positions,
@@ -63,13 +67,15 @@ class PolicyEvaluator:
                 synced=weights_in_parts(trainer),
             )
 
-    def _vllm_samples(self, prompts: list[Prompt], positions: list[int], greedy: bool) -> list[list[Sample]]:
+    def _vllm_samples(
+        self, prompts: list[Prompt], positions: list[int], greedy: bool, limit: int
+    ) -> list[list[Sample]]:
         """Through TRL's vLLM engine; its sampling is seeded by the engine, not by prompt."""
         trainer, tokenizer = self.trainer, self.trainer.tokenizer
         count = 1 if greedy else trainer.recipe.evaluation.samples_per_prompt
         ids = prompt_token_ids(tokenizer, prompts, chat_options(trainer.args))
         trainer.vllm_generation.sync_weights()
-        with self._vllm_settings(greedy):
+        with self._vllm_settings(greedy, limit):
             repeated = [row for row in ids for _ in range(count)]
             _, completions, _, _ = trainer.vllm_generation.generate(repeated, images=None, num_generations=count)
         ends = end_tokens(self.trainer.accelerator.unwrap_model(trainer.model), tokenizer)
@@ -81,7 +87,7 @@ class PolicyEvaluator:
         return [samples[start : start + count] for start in range(0, len(samples), count)]
 
     @contextmanager
-    def _vllm_settings(self, greedy: bool) -> "Iterator[None]":
+    def _vllm_settings(self, greedy: bool, limit: int) -> "Iterator[None]":
         """Evaluation's sampling settings in TRL's engine, put back afterwards."""
         settings, engine = self.trainer.recipe.evaluation, self.trainer.vllm_generation
         wanted: dict[str, Any] = {
@@ -90,7 +96,7 @@ class PolicyEvaluator:
             "top_k": 0 if greedy else settings.top_k,
             "min_p": None,
             "repetition_penalty": 1.0,
-            "max_completion_length": self.max_new_tokens,
+            "max_completion_length": limit,
             "generation_kwargs": {},
         }
         with ExitStack() as stack:

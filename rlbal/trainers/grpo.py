@@ -37,7 +37,7 @@ from rlbal.budget_checks import has_budget_field
 from rlbal.budget_sections import TOKEN_BUDGET, NoBudgetSection
 from rlbal.errors import RewardError, RunError, TrainingStopped
 from rlbal.evaluation import Evaluation
-from rlbal.prompts.budget import generation_cap, make_budget, prompt_budget, with_budget
+from rlbal.prompts.budget import longest_completion, make_budget, prompt_budget, with_budget
 from rlbal.recipe import Recipe
 from rlbal.rewards.loading import MEAN_LENGTH
 from rlbal.rewards.outcomes import merge, verdict
@@ -133,9 +133,11 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
         """This process's rows of the generation batch, one per rollout."""
         started = time.perf_counter()
         mine = self.allocator.draw(self.state.global_step)[self._local_slice(local_rows)].tolist()
+        turn = {index: turn for turn, index in enumerate(dict.fromkeys(mine))}
+        columns = self.rows[list(turn)]
+        rows = [{name: values[turn[index]] for name, values in columns.items()} for index in mine]
         self._times["allocate"] += time.perf_counter() - started
-        row_of = {index: self.rows[index] for index in set(mine)}
-        return [dict(row_of[index]) for index in mine]
+        return rows
 
     def _local_slice(self, local_rows: int) -> slice:
         start = self.accelerator.process_index * local_rows
@@ -171,15 +173,14 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
         self._learn(self.batch)
         return output
 
-    def _tell_budget(self, inputs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int | None]:
+    def _tell_budget(self, inputs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
         """Copies of the rows with their budgets in prompt and column, and the longest completion worth generating."""
-        section, step = self.recipe.budget, self.state.global_step
+        section, step, limit = self.recipe.budget, self.state.global_step, completion_limit(self.args)
         tokens = self.budget.tokens(step)
         if tokens is None or isinstance(section, NoBudgetSection):
             if has_budget_field(self.recipe.data):
-                limit = completion_limit(self.args)
                 inputs = [{**row, "prompt": with_budget(row["prompt"], limit)} for row in inputs]
-            return inputs, None
+            return inputs, limit
         budgets = [tokens] * len(inputs)
         if section.scope == "prompt":
             believed = self.allocator.believed([row["prompt_index"] for row in inputs], step)
@@ -190,7 +191,7 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
         ]
         # One cap for all processes: prompts may have tighter budgets, none has a wider one.
         widest = tokens if section.scope == "batch" else prompt_budget(tokens, 0.0, *section.prompt_scale)
-        return told, generation_cap(widest) if section.cap else None
+        return told, longest_completion(section, widest, limit)
 
     def _gather_batch(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> RolloutBatch:
         """The batch over all processes; per-row numbers travel, never text."""
@@ -216,7 +217,7 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
         if self.recipe.advantage.aggregation != "prompt":
             return torch.ones(len(batch.group_N), dtype=torch.float64)
         tokens_N = batch.completion_tokens_N.double()
-        if self.args.loss_type in ROW_LOSSES:  # rows weigh alike there, however long
+        if self.args.loss_type in ROW_LOSSES:
             tokens_N = torch.ones_like(tokens_N)
         if self.mask_truncated_completions:
             tokens_N = tokens_N * ~batch.truncated_N
@@ -238,14 +239,15 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
         """Tell ledger and budget how a batch went.
 
         Raises:
-            RewardError: the success reward leaves [0, 1] and has no range.
+            RewardError: something depends on successes, but their reward leaves [0, 1] and has no range.
         """
         started, step = time.perf_counter(), self.state.global_step
         name = self.suite.names[self.success]
         ends = torch.tensor([self.recipe.rewards.functions[name].range or (0.0, 1.0)])
         success_N = to_unit_interval(batch.rewards_NK[:, [self.success]], ends)[:, 0]
         outside_N = (success_N < 0.0) | (success_N > 1.0)
-        if outside_N.any():
+        success_N[outside_N] = float("nan")
+        if outside_N.any() and self._depends_on_success:
             raise RewardError(
                 f"reward `{name}` says whether a rollout succeeded and gave "
                 f"{batch.rewards_NK[outside_N, self.success][0]:g}, outside [0, 1]",
@@ -253,10 +255,19 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
                 fix=f"set `rewards.functions.{name}.range` to the lowest and highest value it gives",
             )
         self._report["budget/tokens"] = float(self.budget.tokens(step) or "nan")
-        self.budget.observe(success_N.nanmean().item())
+        if batch.budget_N is not None:
+            self._report["budget/told"] = batch.budget_N.double().mean().item()
         self.allocator.observe(batch, success_N.numpy(), step)
+        self.budget.observe(self.allocator.accuracy)
         self._report |= self.budget.metrics() | self.allocator.metrics()
         self._times["allocate"] += time.perf_counter() - started
+
+    @property
+    def _depends_on_success(self) -> bool:
+        """Whether what is known of prompts decides anything."""
+        allocation, budget = self.recipe.allocation, self.recipe.budget
+        by_success = budget.schedule == "adaptive" or getattr(budget, "scope", "batch") == "prompt"
+        return allocation.method != "uniform" or allocation.retire_at is not None or by_success
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list, completions: list, completion_ids_list: list[list[int]]
@@ -367,14 +378,25 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
             raise RunError(
                 f"{folder / STATE} has no `{missing[0]}`", "it is of an earlier version of rlbal", "start the run again"
             )
+        self._load_state(state)
+        self.allocator.ledger.load(folder / LEDGER)
+
+    def _load_state(self, state: dict[str, Any]) -> None:
         self.totals.load(state["totals"])
         self.balance.load_state_dict(state)
         self.budget.load_state_dict(state["budget"])
         self.allocator.load_state_dict(state["allocation"])
-        self.allocator.ledger.load(folder / LEDGER)
+
+    def remember(self) -> None:
+        """Keep rlbal's state as it is between two steps, for when the next one fails."""
+        ledger = {name: array.copy() for name, array in self.allocator.ledger.state_dict().items()}
+        self._before = self.rlbal_state(), ledger
 
     def save_now(self) -> None:
         """Write a checkpoint of the last complete optimizer step, outside the training loop."""
+        state, ledger = self._before
+        self._load_state(state)
+        self.allocator.ledger.load_state_dict(ledger)
         self._step_factor.restore()
         self._save_checkpoint(self.model, trial=None)
         self.callback_handler.on_save(self.args, self.state, self.control)

@@ -33,14 +33,11 @@ def policy_for_generation(trainer: "BalancedGRPOTrainer") -> Iterator[Any]:
 
 
 @contextmanager
-def generation_limit(trainer: "BalancedGRPOTrainer", tokens: int | None) -> Iterator[None]:
+def generation_limit(trainer: "BalancedGRPOTrainer", tokens: int) -> Iterator[None]:
     """Stop generating after so many tokens at the latest, in whichever engine generates; put back afterwards.
 
     `max_completion_length` of the trainer stays: it scales the `dr_grpo` loss, and evaluation goes by it.
     """
-    if tokens is None:
-        yield
-        return
     engine, name = (
         (trainer.vllm_generation, "max_completion_length")
         if trainer.use_vllm

@@ -11,6 +11,8 @@ import torch
 from rlbal.errors import DataError, RewardError
 from rlbal.prompts.allocation import posterior_counts
 from rlbal.rewards.suite import RewardSuite
+from rlbal.run import RunDirectory
+from rlbal.trainers.callbacks import RunRecorder
 from rlbal.trainers.grpo import BalancedGRPOTrainer
 from tests.support import make_recipe, make_rows, make_trainer, parameters
 
@@ -112,6 +114,69 @@ def test_the_table_of_rollouts_by_success_adds_up(tmp_path: Path) -> None:
     assert tables["allocation/by_success"] == expected
 
 
+def test_accuracy_is_that_of_the_prompts_not_of_the_rows(tmp_path: Path) -> None:
+    """Hard prompts get more rows and retired ones none; neither says that the policy got worse."""
+    trainer = train(tmp_path)
+    batch, allocator = trainer.seen[-1][1], trainer.allocator
+    rates = [batch.rewards_NK[batch.prompt_index_N == prompt, 0].double().mean().item() for prompt in range(4)]
+    assert allocator.accuracy == pytest.approx(sum(rates) / 4)
+    assert abs(allocator.accuracy - batch.rewards_NK[:, 0].mean().item()) > 0.01
+    allocator.ledger.retired_M[:] = [True, False, False, False]
+    allocator.observe(batch, batch.rewards_NK[:, 0].double().numpy(), 3)
+    assert allocator.accuracy == pytest.approx(1 / 4 + 3 / 4 * sum(rates) / 4)
+
+
+def test_what_is_believed_with_the_last_visit_alone(tmp_path: Path) -> None:
+    """Beta(1/2, 1/2) and the last visit: not the prior, though a later step leaves nothing of the counts."""
+    trainer = train(tmp_path, allocation={"method": "knapsack", "belief": "mean"})
+    batch = trainer.seen[-1][1]
+    own = [batch.rewards_NK[batch.prompt_index_N == prompt, 0].double() for prompt in range(4)]
+    expected = [(0.5 + one.sum().item()) / (1 + len(one)) for one in own]
+    assert not trainer.allocator.ledger.prior.fitted
+    assert trainer.allocator.believed(range(4), 50).tolist() == pytest.approx(expected)
+
+
+def test_a_failed_step_leaves_no_trace_in_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two generations per optimizer step, of which the second of step 3 fails: the resumed run repeats the first."""
+    changes = {
+        "rewards__functions": BY_PROMPT,
+        "allocation": KNAPSACK,
+        "trainer__gradient_accumulation_steps": 2,
+        "trainer__steps_per_generation": 1,
+        "trainer__max_steps": 4,
+    }
+    whole = train(tmp_path / "whole", rows=24, **changes)
+    recipe = make_recipe(tmp_path, **changes)
+    score, calls = BalancedGRPOTrainer._calculate_rewards, []
+
+    def failing(self: Any, *args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 6:
+            raise RewardError("no more")
+        return score(self, *args)
+
+    with RewardSuite(recipe.rewards) as suite:
+        suite.start()
+        recorder = RunRecorder(RunDirectory(tmp_path))
+        trainer = make_trainer(recipe, suite, callbacks=[recorder])
+        recorder.trainer, trainer.__class__ = trainer, Recorder
+        monkeypatch.setattr(BalancedGRPOTrainer, "_calculate_rewards", failing)
+        with pytest.raises(RewardError, match="no more"):
+            trainer.train()
+        trainer.save_now()
+        monkeypatch.undo()
+        checkpoint = tmp_path / "checkpoint-2"
+        rest = make_trainer(recipe, suite)
+        rest.__class__ = Recorder
+        rest.load_rlbal_state(checkpoint)
+        assert rest.totals.rollouts == 4 * 16
+        rest.train(resume_from_checkpoint=str(checkpoint))
+    assert isinstance(trainer, Recorder) and isinstance(rest, Recorder)
+    prompts = [set(batch.prompt_index_N.tolist()) for _, batch, _ in whole.seen]
+    assert [set(batch.prompt_index_N.tolist()) for _, batch, _ in trainer.seen] == prompts[:5]
+    assert [set(batch.prompt_index_N.tolist()) for _, batch, _ in rest.seen] == prompts[4:]
+
+
 METHODS = {
     "fixed": {"method": "fixed"},
     "schedule": {"method": "schedule", "points": {"by_prompt": [[0, 1], [1, 0.5]]}},
@@ -184,9 +249,12 @@ def test_with_lora_and_every_engine_that_runs_here(changes: dict[str, Any], tmp_
     assert all(sum(counts(batch).values()) == 16 for _, batch, _ in trainer.seen)
 
 
-@pytest.mark.parametrize(("loss", "by_tokens"), [("dapo", True), ("luspo", True), ("grpo", False), ("sapo", False)])
+@pytest.mark.parametrize(
+    ("loss", "by_tokens"),
+    [("dapo", True), ("bnpo", True), ("luspo", False), ("dr_grpo", False), ("grpo", False), ("sapo", False)],
+)
 def test_prompts_weigh_alike(loss: str, by_tokens: bool, tmp_path: Path) -> None:
-    """What a prompt weighs in the loss is the sum of its rows' factors times their tokens, or times 1."""
+    """A prompt weighs by its rows' factors times their share of what the loss divides by: tokens, or rows."""
     changes: dict[str, Any] = {"trainer__loss_type": loss, "trainer__max_steps": 2}
     if loss == "luspo":
         changes["trainer__importance_sampling_level"] = "sequence"

@@ -48,22 +48,23 @@ def test_settings_are_evaluations_own_and_are_put_back(tmp_path: Any) -> None:
     engine = Engine(tokenizer.eos_token_id)
     evaluator = evaluator_with(engine, tokenizer, tmp_path)
 
-    samples = evaluator._vllm_samples(["one", "three"], [0, 1], greedy=False)
+    samples = evaluator._vllm_samples(["one", "three"], [0, 1], greedy=False, limit=12)
     assert engine.seen == {
         "temperature": 0.7,
         "top_p": 0.9,
         "top_k": 5,
         "min_p": None,
         "repetition_penalty": 1.0,
-        "max_completion_length": 16,
+        "max_completion_length": 12,
         "generation_kwargs": {},
     }
     assert [[sample.text for sample in row] for row in samples] == [["one", "one"], ["thr", "thr"]]
     assert [[sample.truncated for sample in row] for row in samples] == [[False, False], [False, True]]
     assert engine.synced == 1
 
-    (first, _) = evaluator._vllm_samples(["one", "three"], [0, 1], greedy=True)
+    (first, _) = evaluator._vllm_samples(["one", "three"], [0, 1], greedy=True, limit=16)
     assert engine.seen["temperature"] == 0.0 and len(first) == 1
+    assert engine.seen["max_completion_length"] == 16
     assert {name: getattr(engine, name) for name in SWAPPED} == engine.training
 
 

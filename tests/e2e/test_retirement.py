@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from rlbal.experiments.results import unfinished
 from rlbal.recipe import Recipe, parse_recipe
-from rlbal.run import LEDGER, STOPPED, RunDirectory, read_jsonl
+from rlbal.run import LEDGER, RunDirectory, read_jsonl
 from rlbal.train import train
 
 REWARDS = """
@@ -49,7 +49,8 @@ def test_training_ends_when_every_prompt_is_solved(tmp_path: Path, capsys: Any) 
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     # The belief about 8 of 8 successes is Beta(8.5, 0.5) until there is a prior to fit: above 0.8 at once.
     assert [record["ledger/retired"] for record in records[:2]] == [0.25, 0.5]
-    assert STOPPED not in records[2] and "`allocation.retire_at`" in records[3][STOPPED]
+    stopped = json.loads(run.stopped_path.read_text())
+    assert stopped["step"] == 4 and "`allocation.retire_at`" in stopped["reason"]
     assert "Training ended after step 4" in " ".join(capsys.readouterr().out.split())
     assert [record["step"] for record in read_jsonl(run.evaluations_path)] == [4]
     assert unfinished(run, recipe) is None  # for sweeps, too
@@ -57,6 +58,7 @@ def test_training_ends_when_every_prompt_is_solved(tmp_path: Path, capsys: Any) 
 
     train(recipe, resume=True)  # nothing is left to do
     assert len(list(read_jsonl(run.metrics_path))) == 4
+    assert unfinished(run, recipe) is None and run.stopped_path.is_file()
 
 
 def test_only_solved_prompts_leave(tmp_path: Path) -> None:

@@ -38,17 +38,20 @@ def test_counts(batch):
 def test_metrics_by_hand(batch):
     metrics = batch_metrics(batch, torch.tensor([1.0, 0.5, 0.0]), ["correct", "format", "absent"], success=0)
     nothing = metrics.pop("reward/absent/mean")
-    assert math.isnan(nothing)
+    assert math.isnan(nothing) and math.isnan(metrics.pop("reward/absent/prompt_mean"))
     assert metrics == pytest.approx(
         {
             # 1, 0, 0, 1, 0, 1: mean 1/2, std sqrt(6 / 4 / 5). Prompts 7 (0, 0) and 9 (alone) are dead: 2 of 3.
             "reward/correct/mean": 0.5,
+            # Prompt 3: 1, 0, 1; prompt 7: 0, 0; prompt 9: 1.
+            "reward/correct/prompt_mean": (2 / 3 + 0 + 1) / 3,
             "reward/correct/std": math.sqrt(0.3),
             "reward/correct/none": 0.0,
             "reward/correct/dead_groups": 2 / 3,
             "weight/correct": 1.0,
             # 0.5 four times and 0.25: mean 0.45, deviations 0.05 (4 times) and -0.2: 0.05 / 4 = 0.0125. 1 of 6 missing.
             "reward/format/mean": 0.45,
+            "reward/format/prompt_mean": (0.5 + 0.5 + 0.25) / 3,
             "reward/format/std": math.sqrt(0.0125),
             "reward/format/none": 1 / 6,
             "reward/format/dead_groups": 1.0,

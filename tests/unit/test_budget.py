@@ -13,14 +13,19 @@ from rlbal.budget_sections import (
     LinearSection,
     NoBudgetSection,
 )
+from rlbal.errors import RunError
 from rlbal.prompts.budget import (
     AdaptiveBudget,
     generation_cap,
+    last_budget,
+    longest_completion,
     make_budget,
     nearest_token,
     prompt_budget,
+    tell_budget,
     with_budget,
 )
+from tests.small_recipe import small
 
 TOTAL = 600
 
@@ -130,6 +135,44 @@ def test_the_budget_takes_its_place_in_text_and_messages() -> None:
     assert messages[0]["content"] == "{token_budget}!"  # the next batch has another budget
 
 
+TOLD = "data.prompt='{question} in {token_budget}'"
+
+
+def test_rows_are_told_in_prompt_and_column() -> None:
+    rows = {"prompt": ["1+1 in {token_budget}", "2+2 in {token_budget}"], "answer": ["2", "4"]}
+    told = tell_budget(rows, small(TOLD, "budget.schedule=linear"), 87)
+    assert told == {"prompt": ["1+1 in 87", "2+2 in 87"], "answer": ["2", "4"], "token_budget": [87, 87]}
+    assert rows["prompt"][0] == "1+1 in {token_budget}" and "token_budget" not in rows
+    # Without a schedule rewards keep their own targets; without the field rows may hold its characters.
+    assert set(tell_budget(rows, small(TOLD), 87)) == {"prompt", "answer"}
+    assert tell_budget(rows, small(TOLD), 87)["prompt"] == told["prompt"]
+    assert tell_budget(rows, small(), 87) == rows
+
+
+def test_where_completions_end() -> None:
+    section, uncapped = (ConstantSection(schedule="constant", tokens=87, cap=cap) for cap in (True, False))
+    assert longest_completion(section, 87, limit=512) == 174
+    assert longest_completion(section, 87, limit=100) == 100
+    assert longest_completion(uncapped, 87, limit=512) == 512
+    assert longest_completion(NoBudgetSection(), None, limit=512) == 512
+
+
+def test_the_budget_that_a_run_ends_with() -> None:
+    def last(section: AnyBudget, total: int = TOTAL) -> int | None:
+        return last_budget(section, 512, total)
+
+    assert last(NoBudgetSection()) is None
+    assert last(ConstantSection(schedule="constant", tokens=87)) == 87
+    assert last(LinearSection(schedule="linear", start=256, end=87)) == 87
+    assert last(ExponentialSection(schedule="exponential", start=256, end=87)) == 87
+    # 256·0.7^3 = 87.8 lasts from step 450 to 599; step 600, where 61 would begin, is not in the run.
+    paper = ExponentialSection(schedule="exponential", start=256, gamma=0.7, interval=150)
+    assert last(paper) == 88
+    assert last(paper, total=-1) == 256  # nobody knows how many steps there will be
+    assert last(AdaptiveSection(schedule="adaptive", end=90), total=-1) == 90
+    assert last(AdaptiveSection(schedule="adaptive")) == 512 // 3
+
+
 # Adaptive
 
 
@@ -226,3 +269,9 @@ def test_levels_of_the_adaptive_schedule() -> None:
     # 4, 3.2, 2.5, 2: a level that rounding makes equal to another is left out (2.5 is 2.52, rounded 3).
     budget = make_budget(AdaptiveSection(schedule="adaptive", start=4, end=2, levels=4), limit=512, total=-1)
     assert isinstance(budget, AdaptiveBudget) and budget.levels == [4, 3, 2]
+
+
+@pytest.mark.parametrize("state", [{}, AdaptiveBudget([64, 32], 2, 0.1).state_dict()], ids=["another kind", "levels"])
+def test_the_state_of_another_budget_is_refused(state):
+    with pytest.raises(RunError, match=r"not \[64, 48, 32\](?s:.)*recipe.yaml"):
+        AdaptiveBudget([64, 48, 32], 2, 0.1).load_state_dict(state)

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from rlbal.check import check_recipe
 from rlbal.check_report import Report
 from rlbal.cli import app
-from rlbal.recipe import parse_recipe
+from rlbal.recipe import TinySection, parse_recipe
+from rlbal.tiny import build_model, build_tokenizer
 
 REWARDS = """\
 def right(completions, answer, **kwargs):
@@ -225,3 +226,76 @@ def test_lora_trains_its_adapters_only(values: dict[str, Any]) -> None:
     assert report.problems == []
     assert f"; {trainable:,} of " in texts(report, "ok")
     assert report.figures["memory"]["gib_per_device"]["gradients"] == trainable * 4 / 2**30
+
+
+TIGHT = """\
+import json
+
+def within(completions, completion_ids, prompts, token_budget, **kwargs):
+    # Needs the budget; notes what it was told, and where completions end.
+    with open("seen.jsonl", "a") as file:
+        file.writelines(
+            json.dumps([prompt, budget, len(ids)]) + "\\n"
+            for prompt, budget, ids in zip(prompts, token_budget, completion_ids)
+        )
+    return [float(len(ids) <= budget) for ids, budget in zip(completion_ids, token_budget)]
+"""
+BUDGET = {"schedule": "exponential", "start": 6, "end": 2, "decays": 1}
+
+
+@pytest.fixture
+def tight(values: dict[str, Any]) -> dict[str, Any]:
+    """The good recipe with a prompt that tells the budget and a reward that needs it."""
+    Path("tight.py").write_text(TIGHT)
+    values["rewards"]["functions"]["within"] = {"function": "tight.py:within"}
+    values["data"]["prompt"] = "{question} In {token_budget}: "
+    values["trainer"] |= {"max_completion_length": 100, "max_steps": 10}
+    values["model"]["tiny"]["max_positions"] = 200
+    return values
+
+
+def test_a_schedule_is_said_in_words_and_its_first_budget_is_tried(tight: dict[str, Any]) -> None:
+    report = check(tight, budget=BUDGET)
+    assert report.problems == []
+    assert "exponential: 6 tokens at step 0, 2 at 5; completions end at twice the budget" in texts(report, "ok")
+    seen = [json.loads(line) for line in Path("seen.jsonl").read_text().splitlines()]
+    assert {budget for _, budget, _ in seen} == {6}
+    assert seen[0][0] == "What is 10 + 10? In 6: "
+    rollouts = seen[-32:]  # the probe comes last
+    assert max(length for _, _, length in rollouts) == 12
+    # "What is 10 + 10? In 100: " has 25 characters: no budget is larger than the longest completion.
+    assert report.figures["prompt_tokens"]["max"] == 25
+
+
+def test_a_field_without_a_schedule_shows_the_longest_completion(tight: dict[str, Any]) -> None:
+    del tight["rewards"]["functions"]["within"]
+    Path("mine.py").write_text(
+        REWARDS + "\ndef told(completions, prompts, **kwargs):\n"
+        "    return [float('In 100: ' in prompt) for prompt in prompts]\n"
+    )
+    tight["rewards"]["functions"]["told"] = {"function": "mine.py:told"}
+    report = check(tight)
+    assert report.problems == []
+    assert report.figures["probe"]["means"]["told"] == 1.0
+    assert report.figures["gold"]["rewards"]["told"]["gold"] == 1.0
+    assert "budget" not in [step for step, _, _ in report.findings]
+
+
+def test_a_reward_that_needs_a_budget_without_one(tight: dict[str, Any]) -> None:
+    (problem,) = check(tight).problems
+    assert problem.startswith("columns: reward `within` needs column `token_budget`, and the recipe has no budget")
+    assert "set `budget.schedule`, e.g. `budget: {schedule: constant, tokens: 64}`" in problem
+
+
+def test_a_budget_above_the_context_of_a_model_that_is_loaded(tight: dict[str, Any]) -> None:
+    section = TinySection(hidden_size=32, layers=1, heads=2, max_positions=100)
+    tokenizer = build_tokenizer([])
+    build_model(section, tokenizer, seed=0).save_pretrained("policy")
+    tokenizer.save_pretrained("policy")
+    tight["model"] = {"name_or_path": "policy"}
+    first, second = check(tight, budget={"schedule": "constant", "tokens": 100}).problems
+    assert first == (
+        "budget: `budget.tokens` (100) leaves no room for a prompt in the model's 100 positions\n"
+        "Fix: lower it, and `trainer.max_completion_length` with it"
+    )
+    assert second.startswith("prompt lengths: longest prompt 25 + `trainer.max_completion_length` 100 is more")

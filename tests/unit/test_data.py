@@ -11,7 +11,8 @@ import datasets
 import pytest
 
 from rlbal.errors import DataError
-from rlbal.prompts.data import PromptData, limit_prompt_tokens, load_data, prompt_token_lengths
+from rlbal.prompts.data import PromptData, load_data
+from rlbal.prompts.lengths import limit_prompt_tokens, prompt_token_lengths
 from rlbal.recipe import FileData, FolderData, HubData
 
 
@@ -148,7 +149,7 @@ def test_nothing_is_written_beside_the_data(tmp_path: Path, monkeypatch: pytest.
     before = sorted(tmp_path.rglob("*"))
     section = FolderData(source="folder", path="saved", eval_size=5, max_prompt_tokens=12, overlong="drop")
     data = load_data(section, 0)
-    short, _ = limit_prompt_tokens(data.train, letters(), section)  # "What is 9+1?" has 12 characters
+    short, _ = limit_prompt_tokens(data.train, letters(), section, 8)  # "What is 9+1?" has 12 characters
     assert set(short["answer"]) <= {str(n + 1) for n in range(10)} and len(short) < 15
     assert len(data.train) == 15 and sorted(tmp_path.rglob("*")) == before
 
@@ -233,18 +234,18 @@ def letters(chat_template: str | None = None) -> Any:
 
 def test_prompt_tokens_plain(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"question": "abc" * n} for n in (1, 5, 2, 4)])
-    train = load(path).train
-    assert prompt_token_lengths(train, letters()) == [3, 15, 6, 12]
+    train, plain = load(path).train, FileData(source="file", path=path)
+    assert prompt_token_lengths(train, letters(), plain, 8) == [3, 15, 6, 12]
     keys: dict[str, Any] = {"source": "file", "path": path, "max_prompt_tokens": 6}
     with pytest.raises(DataError, match=r"2 of 4 prompts have more than 6 tokens; the longest is row 2 .* with 15"):
-        limit_prompt_tokens(train, letters(), FileData(**keys))
-    kept, note = limit_prompt_tokens(train, letters(), FileData(**keys, overlong="drop"))
+        limit_prompt_tokens(train, letters(), FileData(**keys), 8)
+    kept, note = limit_prompt_tokens(train, letters(), FileData(**keys, overlong="drop"), 8)
     assert kept["prompt"][:] == ["abc", "abcabc"] and kept["prompt_index"][:] == [0, 1]
     assert kept["prompt_id"][:] == [train["prompt_id"][0], train["prompt_id"][2]]
     assert note is not None and note.startswith("dropped: 2 of 4 prompts")
-    assert limit_prompt_tokens(train, letters(), FileData(source="file", path=path)) == (train, None)
+    assert limit_prompt_tokens(train, letters(), plain, 8) == (train, None)
     with pytest.raises(DataError, match=r"4 of 4 prompts have more than 2"):
-        limit_prompt_tokens(train, letters(), FileData(**{**keys, "max_prompt_tokens": 2}, overlong="drop"))
+        limit_prompt_tokens(train, letters(), FileData(**{**keys, "max_prompt_tokens": 2}, overlong="drop"), 8)
 
 
 def test_prompt_tokens_through_the_chat_template(tmp_path: Path) -> None:
@@ -252,15 +253,36 @@ def test_prompt_tokens_through_the_chat_template(tmp_path: Path) -> None:
         "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
         "{% if add_generation_prompt %}<{{ name }}>{% endif %}"
     )
-    train = load(write(tmp_path / "a.jsonl", [{"question": "abc"}]), system="be").train
+    path = write(tmp_path / "a.jsonl", [{"question": "abc"}])
+    section = FileData(source="file", path=path, system="be", eval_size=0)
+    train = load_data(section, 0).train
     # <system>be<user>abc<bot>: 8 + 2 + 6 + 3 + 5 characters
-    assert prompt_token_lengths(train, letters(template), {"name": "bot"}) == [24]
+    assert prompt_token_lengths(train, letters(template), section, 8, {"name": "bot"}) == [24]
     with pytest.raises(DataError, match=r"cannot render the chat prompts"):
-        prompt_token_lengths(train, letters())
+        prompt_token_lengths(train, letters(), section, 8)
 
 
 def test_a_missing_chat_template_shows_without_a_limit_too(tmp_path: Path) -> None:
     section = FileData(source="file", path=write(tmp_path / "a.jsonl", sums(3)), eval_size=0, conversational=True)
     train = load_data(section, 0).train
     with pytest.raises(DataError, match="the tokenizer cannot render the chat prompts"):
-        limit_prompt_tokens(train, letters(), section)
+        limit_prompt_tokens(train, letters(), section, 8)
+
+
+def test_prompt_tokens_count_the_largest_budget_in_its_place(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"question": "abc"}, {"question": "abcd"}])
+    keys: dict[str, Any] = {"source": "file", "path": path, "eval_size": 0, "prompt": "{question} <{token_budget}>"}
+    train = load_data(FileData(**keys), 0).train
+    assert train["prompt"][:] == ["abc <{token_budget}>", "abcd <{token_budget}>"]
+    # "abc <64>" has 8 characters, "abcd <128>" 10.
+    assert prompt_token_lengths(train, letters(), FileData(**keys), 64) == [8, 9]
+    assert prompt_token_lengths(train, letters(), FileData(**keys), 128) == [9, 10]
+    limited = FileData(**keys, max_prompt_tokens=8, overlong="drop")
+    kept, _ = limit_prompt_tokens(train, letters(), limited, 64)
+    assert kept["prompt"][:] == ["abc <{token_budget}>"]  # still to be rendered
+
+
+def test_the_characters_of_the_field_in_a_row_are_text_where_no_template_has_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"question": "{token_budget}"}])
+    section = FileData(source="file", path=path, eval_size=0)
+    assert prompt_token_lengths(load_data(section, 0).train, letters(), section, 64) == [14]

@@ -10,10 +10,11 @@ import pytest
 from datasets import Dataset
 
 from rlbal.errors import DataError, RewardError, RunError
-from rlbal.evaluation import Evaluation, Sample, evaluate_policy, share_of_rows
+from rlbal.evaluation import Evaluation, evaluate_policy
 from rlbal.recipe import Recipe, parse_recipe
 from rlbal.rewards.outcomes import Failure
 from rlbal.rewards.suite import RewardSuite
+from rlbal.scoring import Sample, Share
 
 # Five prompts; a completion is right if its text is the answer.
 ROWS = Dataset.from_dict(
@@ -39,6 +40,7 @@ def recipe(**changes: Any) -> Recipe:
             "data": data,
             "rewards": {"functions": functions, **changes.pop("rewards", {})},
             "evaluation": evaluation,
+            **changes,
         }
     )
 
@@ -68,7 +70,7 @@ class Scripted:
         return np.array([correct, [1 - len(ids) / 10 for ids in completion_ids]]).T
 
 
-def generate(prompts: list[Any], positions: list[int], greedy: bool) -> list[list[Sample]]:
+def generate(prompts: list[Any], positions: list[int], greedy: bool, limit: int) -> list[list[Sample]]:
     """Sample s has s + 1 tokens; the fourth was cut off."""
     if greedy:
         return [[Sample([9, 9], GREEDY[position], False)] for position in positions]
@@ -300,7 +302,7 @@ def test_the_mean_length_that_rewards_get_counts_every_row_once() -> None:
             seen.append(columns["mean_completion_length"][0])
             return super().score(prompts, completions, completion_ids, columns)
 
-    def generate_long(prompts: Any, positions: list[int], greedy: bool) -> list[list[Sample]]:
+    def generate_long(prompts: Any, positions: list[int], greedy: bool, limit: int) -> list[list[Sample]]:
         return [[Sample([7] * length, "0", False) for length in lengths[position]] for position in positions]
 
     other = np.array([[1.0, 1.0, 1.0], [3.0, 3.0, 3.0], [0.0, 9.0, 9.0]])  # position, then two lengths
@@ -322,5 +324,5 @@ def test_the_mean_length_that_rewards_get_counts_every_row_once() -> None:
 
 
 def test_shares_cover_every_row_and_are_equally_long() -> None:
-    assert [share_of_rows(5, process, 2) for process in range(2)] == [[0, 2, 4], [1, 3, 0]]
-    assert [share_of_rows(1, process, 3) for process in range(3)] == [[0], [0], [0]]
+    assert [Share(5, None, process, 2).positions for process in range(2)] == [[0, 2, 4], [1, 3, 0]]
+    assert [Share(1, None, process, 3).positions for process in range(3)] == [[0], [0], [0]]

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset
 
 from rlbal.gold import GoldResult, final, score_gold
 
@@ -28,12 +27,12 @@ class Rewards:
         return np.array([[function(text, gold) for function in self.functions.values()] for text, gold in pairs])
 
 
-def rows(**columns: list[Any]) -> Dataset:
+def rows(**columns: list[Any]) -> dict[str, list[Any]]:
     count = len(next(iter(columns.values())))
-    return Dataset.from_dict({"prompt": ["?"] * count, **columns})
+    return {"prompt": ["?"] * count, **columns}
 
 
-def gold(suite: Rewards, data: Dataset) -> GoldResult:
+def gold(suite: Rewards, data: dict[str, list[Any]]) -> GoldResult:
     suite.scored = 0
     found = score_gold(suite, data, seed=0)  # type: ignore[arg-type]
     assert found is not None and found.completions == suite.scored

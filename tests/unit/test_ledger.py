@@ -178,7 +178,8 @@ class Remembered:
         for prompt in known.intersection(indices):
             scored = [s for i, s in zip(indices, successes, strict=True) if i == prompt and not math.isnan(s)]
             if scored:
-                a, b = self.belief(prompt, step)
+                # With nothing but the last visit kept, it is what was believed.
+                a, b = self.belief(prompt, step if self.keep else self.last_seen(prompt))
                 gaps.append(sum(scored) / len(scored) - a / (a + b))
         return sum(gaps) / len(gaps) if gaps else NAN
 
@@ -223,7 +224,7 @@ class Remembered:
         rows = rows or [(0.9 ** (self.batches - 1 - batch), s, t) for batch, _, _, s, t in self.rows]
         return sum(w * t for w, _, t in rows) / sum(w for w, _, _ in rows)
 
-    def retired(self, prompt, at, rollouts):
+    def solved(self, prompt, at, rollouts):
         step = self.last_seen(prompt)
         a, b = self.belief(prompt, step)
         scored = sum(w for w, s, _ in self.weights(prompt, step) if not math.isnan(s))
@@ -268,8 +269,8 @@ def test_sums_say_what_all_rows_say(forgetting, easiest):
         assert ledger.metrics()["ledger/drift"] == pytest.approx(slow.drift, rel=1e-5, nan_ok=True)
         expected = [slow.expected_length(p) for p in everything]
         np.testing.assert_allclose(ledger.expected_lengths(everything), expected, rtol=1e-5)
-        retired = ledger.retired(everything, 0.5, rollouts=4).tolist()
-        assert retired == [slow.retired(p, 0.5, 4) for p in everything]
+        retired = ledger.solved(everything, 0.5, rollouts=4).tolist()
+        assert retired == [slow.solved(p, 0.5, 4) for p in everything]
         fitted.add((ledger.prior.fitted, any(retired)))
     assert fitted >= {(False, False), (True, True)}
 
@@ -315,18 +316,25 @@ def test_a_prompt_retires_at_its_mean_with_enough_rollouts():
     ledger = PromptLedger(5, forgetting=0)
     observe(ledger, {0: [1] * 8, 1: [1] * 7, 2: [1] * 8 + [0], 3: [1] * 7 + [NAN]}, step=0)
     # 8.5/9 = .944 of 8; 7 are too few; 8.5/10 = .85; 7 scored; none.
-    assert ledger.retired(range(5), at=0.9).tolist() == [True, False, False, False, False]
-    assert ledger.retired(range(5), at=0.85).tolist() == [True, False, True, False, False]
-    assert ledger.retired(range(5), at=0.9, rollouts=7).tolist() == [True, True, False, True, False]
+    assert ledger.solved(range(5), at=0.9).tolist() == [True, False, False, False, False]
+    assert ledger.solved(range(5), at=0.85).tolist() == [True, False, True, False, False]
+    assert ledger.solved(range(5), at=0.9, rollouts=7).tolist() == [True, True, False, True, False]
 
 
-def test_a_retired_prompt_does_not_return_by_being_forgotten_but_by_failing():
-    ledger = PromptLedger(2, forgetting=0.5)
-    observe(ledger, {0: [1] * 8}, step=0)
-    observe(ledger, {1: [0]}, step=50)
-    assert ledger.retired([0], at=0.9).all()
+def test_a_retired_prompt_returns_by_failing_alone():
+    """Not by being forgotten, nor because the prior falls as the easy prompts leave."""
+    ledger = PromptLedger(102, forgetting=0.5)
+    observe(ledger, {0: [1] * 8, 1: [0] * 8}, step=0)
+    ledger.retire([0, 1], at=0.9)
+    for step in range(1, 6):  # a prior like Beta(37, 63): 8 successes more are not 0.9
+        prompts = range(20 * step - 18, 20 * step + 2)
+        observe(ledger, {prompt: [1] * 3 + [0] * 5 for prompt in prompts}, step)
+        ledger.retire(prompts, at=0.9)
+    assert ledger.prior.fitted and not ledger.solved([0], at=0.9).any()
+    assert np.flatnonzero(ledger.retired_M).tolist() == [0]
     observe(ledger, {0: [0] * 8}, step=51)
-    assert not ledger.retired([0], at=0.9).any()
+    ledger.retire([0], at=0.9)
+    assert not ledger.retired_M.any()
 
 
 # Metrics

@@ -136,6 +136,7 @@ def test_forgetting_everything_shows_the_last_visits(tmp_path: Path) -> None:
 def test_retired_prompts_are_counted(tmp_path: Path) -> None:
     run, ledger = make_run(tmp_path, "allocation.retire_at=0.9"), PromptLedger(3, 0.01)
     ledger.observe([0] * 8 + [1] * 8, [1] * 8 + [0] * 8, [10] * 16, 0)
+    ledger.retire([0, 1], 0.9)
     ledger.save(run.path / LEDGER)
     shown = json.loads(rlbal(run.path, "--json").stdout)
     assert shown["retired"] == 1

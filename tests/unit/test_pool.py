@@ -1,4 +1,4 @@
-"""The order of prompts: TRL's in the first epoch, another but repeatable one in each later epoch; retired ones skipped."""
+"""The order of prompts: TRL's in the first epoch, another one in each later epoch; retired ones skipped."""
 
 from collections.abc import Iterable
 

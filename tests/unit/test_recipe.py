@@ -38,7 +38,8 @@ def refusal(*overrides):
         ("launch.processes=8", "`launch`: `processes` is not a key here. Did you mean `num_processes`?"),
         (
             "advantage.x=1",
-            "`advantage`: `x` is not a key here. Known here: `aggregation`, `baseline`, `beta`, `order`, `scale`, `whiten`.",
+            "`advantage`: `x` is not a key here. "
+            "Known here: `aggregation`, `baseline`, `beta`, `order`, `scale`, `whiten`.",
         ),
     ],
 )

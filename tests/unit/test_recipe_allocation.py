@@ -62,6 +62,7 @@ def test_refused_when_read(override: str, message: str) -> None:
     assert message in str(caught.value)
 
 
+NOTHING_LEFT = "leave nothing to allocate"
 BATCH = ["trainer.per_device_train_batch_size=32"]  # 4 prompts x 8 rollouts
 BOUND = [
     (["allocation={method: knapsack, low: 9}"], "lower `allocation.low` to 8"),
@@ -70,6 +71,12 @@ BOUND = [
         ["allocation.method=knapsack", "algorithm={name: reinforce, rollouts_per_prompt: 1}"],
         "lower `allocation.low` to 1",
     ),
+    (["trainer.generation_kwargs={max_tokens: 9}"], "`trainer.generation_kwargs.max_tokens` is decided elsewhere"),
+    (["trainer.generation_kwargs={n: 2}"], "`trainer.generation_kwargs.n` is decided elsewhere"),
+    (["allocation={method: knapsack, low: 8}"], NOTHING_LEFT),
+    (["allocation={method: knapsack, high: 8}"], NOTHING_LEFT),
+    (["allocation={method: knapsack, low: 1}", "algorithm={name: reinforce, rollouts_per_prompt: 1}"], NOTHING_LEFT),
+    (["allocation.method=knapsack", "trainer.per_device_train_batch_size=8"], NOTHING_LEFT),
     (
         ["allocation.method=knapsack", "trainer.use_vllm=true", "trainer.vllm_mode=server"],
         "use `trainer.vllm_mode: colocate`, or `allocation.method: uniform`",
@@ -85,7 +92,7 @@ def test_refused_when_bound(overrides: list[str], message: str) -> None:
 
 
 def test_bounds_that_just_allow_the_batch() -> None:
-    _, plan = bind_trainer(small(*BATCH, "allocation={method: knapsack, low: 8, high: 8}"))
+    _, plan = bind_trainer(small(*BATCH, "allocation={method: knapsack, low: 7, high: 9}"))
     assert (plan.prompts, plan.rollouts) == (4, 32)
 
 

@@ -5,7 +5,7 @@ import re
 import datasets
 import pytest
 
-from rlbal.budget_checks import has_budget_field
+from rlbal.budget_checks import check_positions, has_budget_field
 from rlbal.errors import DataError, RecipeError
 from rlbal.prompts.sources import Source
 from rlbal.prompts.templates import render_prompts
@@ -143,6 +143,22 @@ def test_a_budget_above_the_models_positions() -> None:
     assert "`budget.start` (512)" in refusal_when_bound("model.tiny.max_positions=512", "budget.schedule=adaptive")
 
 
+def test_a_budget_above_the_positions_of_a_model_that_is_loaded() -> None:
+    recipe = bound("budget={schedule: constant, tokens: 200}")
+    check_positions(recipe.budget, 512, 513)
+    with pytest.raises(
+        RecipeError, match=r"`budget.tokens` \(200\) leaves no room for a prompt .* 200 positions"
+    ) as error:
+        check_positions(recipe.budget, 512, 200)
+    assert error.value.fix == "lower it, and `trainer.max_completion_length` with it"
+    with pytest.raises(RecipeError, match=r"`budget.start` \(512\) leaves no room"):
+        check_positions(bound("budget.schedule=adaptive").budget, 512, 512)
+    # The budget would fit, the longest completion does not.
+    for section in (recipe.budget, bound().budget):
+        with pytest.raises(RecipeError, match=r"`trainer.max_completion_length` \(512\) leaves no room"):
+            check_positions(section, 512, 512)
+
+
 def test_a_budget_above_the_longest_completion() -> None:
     message = refusal_when_bound("budget={schedule: exponential, start: 513, gamma: 0.5, interval: 9}")
     assert "`budget.start` (513) is more than `trainer.max_completion_length` (512) allows" in message
@@ -185,3 +201,17 @@ def test_more_drops_than_steps() -> None:
     assert "Fix: at most 6" in message
     assert bound("trainer.max_steps=8", "budget={schedule: linear, decays: 7}")
     assert "`budget.decays` (3) needs more" in refusal_when_bound("trainer.max_steps=1", "budget.schedule=exponential")
+
+
+def test_a_cap_whose_rows_would_leave_the_loss() -> None:
+    section = "budget={schedule: constant, tokens: 9%s}"
+    message = refusal_when_bound("trainer.mask_truncated_completions=true", section % "")
+    assert "set `budget.cap: false`" in message
+    assert bound("trainer.mask_truncated_completions=true", section % ", cap: false")
+
+
+def test_rounding_of_a_raised_budget_is_that_of_training() -> None:
+    """7 x 1.5 = 10.5 is told as 11."""
+    section = "budget={schedule: constant, tokens: 7, scope: prompt, prompt_scale: [0.5, 1.5]}"
+    assert "(11) is more than" in refusal_when_bound("trainer.max_completion_length=10", section)
+    assert bound("trainer.max_completion_length=11", section)

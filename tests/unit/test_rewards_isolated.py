@@ -14,9 +14,10 @@ import pytest
 from datasets import Dataset
 
 from rlbal.errors import RewardError
-from rlbal.evaluation import Sample, evaluate_policy
+from rlbal.evaluation import evaluate_policy
 from rlbal.recipe import Recipe, RewardsSection, parse_recipe
 from rlbal.rewards.suite import RewardSuite
+from rlbal.scoring import Sample
 
 HOSTILE = str(Path(__file__).parent / "hostile_rewards.py")
 
@@ -45,7 +46,7 @@ def recipe(reward: dict[str, Any], **rewards: Any) -> Recipe:
     )
 
 
-def generate(prompts: list[Any], positions: list[int], greedy: bool) -> list[list[Sample]]:
+def generate(prompts: list[Any], positions: list[int], greedy: bool, limit: int) -> list[list[Sample]]:
     return [[Sample([1] * position, str(position), False), Sample([1], "no", False)] for position in positions]
 
 

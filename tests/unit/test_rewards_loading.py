@@ -105,3 +105,16 @@ def test_missing_columns_name_reward_and_column() -> None:
     check_columns(section, signatures, ["prompt", "answer"])
     with pytest.raises(RewardError, match="reward `right` needs column `answer`; the dataset has `prompt`, `solution`"):
         check_columns(section, signatures, ["solution", "prompt"])
+
+
+def test_columns_that_the_trainer_adds() -> None:
+    section = RewardsSection.model_validate({"functions": {"short": {"function": "m:f"}}})
+    needs = {"short": Signature({"token_budget": True, "mean_completion_length": True}, True, False)}
+    check_columns(section, needs, ["prompt"], has_budget=True)
+    with pytest.raises(RewardError, match="`short` needs column `token_budget`, and the recipe has no budget") as error:
+        check_columns(section, needs, ["prompt"])
+    assert "budget: {schedule: constant, tokens: 64}" in error.value.fix
+    given = RewardsSection.model_validate({"functions": {"short": {"function": "m:f", "args": {"token_budget": [9]}}}})
+    check_columns(given, needs, ["prompt"])
+    optional = {"short": Signature({"token_budget": False}, True, False)}
+    check_columns(section, optional, ["prompt"])

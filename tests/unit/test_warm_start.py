@@ -1,5 +1,6 @@
 import json
 import math
+import statistics
 
 import pytest
 import torch
@@ -145,6 +146,56 @@ def test_only_completions_are_learnt():
             ("4 - 1 - 3 - 7 =", "<think>4;-1=3;-3=0;-7=-7</think><answer>-7</answer><|end|>"),
         ]
         assert torch.equal(row_labels[row_labels != IGNORED], row_ids[row_labels != IGNORED])
+
+
+TOLD = Dataset.from_list([{**row, "prompt": "{token_budget}: " + row["prompt"]} for row in EASY])
+
+
+def batches(train: Dataset, largest_budget: int | None, count: int = 40) -> tuple[list[str], list[str], float]:
+    """The prompts and traces of some batches, with the dice's surprise."""
+    tokenizer, dice = build_tokenizer([]), Dice(0)
+    section = WarmStartSection(**(FLAWLESS | {"batch_size": 8, "repeat_step": 0.5}))
+    prompts, traces = [], []
+    for ids, labels in _batches(train, tokenizer, section, dice, count, largest_budget):
+        for row_ids, row_labels in zip(ids, labels, strict=True):
+            completion = row_labels != IGNORED
+            prompts.append(tokenizer.decode(row_ids[~completion], skip_special_tokens=True))
+            traces.append(tokenizer.decode(row_ids[completion]))
+    return prompts, traces, dice.nats
+
+
+def test_prompts_tell_random_budgets_that_say_nothing_of_the_trace():
+    prompts, traces, _ = batches(TOLD, largest_budget=12)
+    pairs = [(prompt.split(": "), len(trace)) for prompt, trace in zip(prompts, traces, strict=True)]
+    told = [int(number) for (number, _), _ in pairs]
+    assert set(told) == set(range(1, 13))
+    assert {question for (_, question), _ in pairs} == set(EASY["prompt"])
+    lengths = [length for _, length in pairs]
+    assert len(set(lengths)) > 1  # steps are repeated or not
+    # 320 pairs: the correlation of independent draws has a standard error of 1/sqrt(320) = 0.056.
+    assert abs(statistics.correlation(told, lengths)) < 4 * 0.056
+
+
+def test_budgets_are_drawn_beside_the_dice():
+    _, _, nats = batches(TOLD, largest_budget=12, count=2)
+    flips = 16  # one per trace, of one step each; flips with a certain outcome are no surprise
+    assert nats == pytest.approx(flips * math.log(2))
+
+
+def test_without_the_field_nothing_is_drawn_or_replaced():
+    plain = Dataset.from_list([{**row, "prompt": "{token_budget}"} for row in EASY])
+    prompts, traces, _ = batches(plain, largest_budget=None)
+    assert set(prompts) == {"{token_budget}"}
+    assert batches(EASY, largest_budget=None)[1] == traces
+    assert batches(TOLD, largest_budget=12)[1] != traces
+
+
+def test_a_model_that_was_told_budgets_converges_on_the_same_floor():
+    tokenizer = build_tokenizer(["<think>", "</think>", "<answer>", "</answer>"])
+    model = build_model(TINY, tokenizer, seed=0)
+    section = WarmStartSection(**(FLAWLESS | {"steps": 300, "batch_size": 8, "learning_rate": 1e-2}))
+    result = warm_start(model, tokenizer, TOLD, section, 0, largest_budget=12)
+    assert 0 <= result.floor < 1e-9 and 0 < result.excess < 0.02
 
 
 def test_a_converged_model_writes_the_traces():
