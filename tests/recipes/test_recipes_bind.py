@@ -36,6 +36,7 @@ def test_the_promised_recipes_are_there():
         "recipes/qwen2.5-7b/length_budget_gsm8k.yaml",
         "recipes/qwen2.5-7b/length_budget_math500.yaml",
         "recipes/qwen2.5-math-7b/beta_math.yaml",
+        "recipes/qwen2.5-math-7b/knapsack_dapo.yaml",
         "recipes/qwen3-8b/gradient_weights_math500.yaml",
         "recipes/qwen3-8b/hypervolume_math500.yaml",
     } <= set(RECIPES)
