@@ -4,10 +4,12 @@ import inspect
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from trl.generation.vllm_generation import VLLMGeneration
 
 from rlbal.tiny import build_tokenizer
 from rlbal.trainers.evaluator import PolicyEvaluator
+from rlbal.trainers.rollout import generation_limit
 from tests.support import make_recipe
 
 SWAPPED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_completion_length", "generation_kwargs")
@@ -77,3 +79,14 @@ def test_trls_engine_reads_these_settings_when_it_generates() -> None:
         "images",
         "num_generations",
     ]
+
+
+@pytest.mark.parametrize(("cap", "seen"), [(12, 12), (99, 64)])
+def test_the_cap_of_a_budget_is_the_engine_s_for_one_generation(cap: int, seen: int) -> None:
+    """The engine reads it at every call (see above); TRL's own limit, which the `dr_grpo` loss divides by, stays."""
+    engine = SimpleNamespace(max_completion_length=64)
+    trainer: Any = SimpleNamespace(use_vllm=True, vllm_generation=engine, max_completion_length=64)
+    with pytest.raises(RuntimeError), generation_limit(trainer, cap):
+        assert (engine.max_completion_length, trainer.max_completion_length) == (seen, 64)
+        raise RuntimeError
+    assert engine.max_completion_length == 64
