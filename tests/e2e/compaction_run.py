@@ -52,7 +52,9 @@ class Watched(BalancedGRPOTrainer):
         return output
 
 
-def run(folder: Path, world: int, sampled: bool = False, lora: bool = False, **changes: Any) -> dict[str, Any]:
+def run(
+    folder: Path, world: int, sampled: bool = False, lora: bool = False, prompts: int = 24, **changes: Any
+) -> dict[str, Any]:
     """Two optimizer steps on scripted rollouts, or on sampled ones."""
     # A micro-batch has four prompts. Only few prompts teach, so that processes differ in how many rows they keep.
     reward = {"function": f"{REWARDS_FILE}:even_share_but", "args": {"dead": list(range(8, 24))}, "range": [0, 1]}
@@ -71,7 +73,7 @@ def run(folder: Path, world: int, sampled: bool = False, lora: bool = False, **c
     model.generation_config.eos_token_id = [*range(48), tokenizer.eos_token_id]
     torch.manual_seed(7)  # LoRA's matrices
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if lora else None
-    suite, rows = RewardSuite(recipe.rewards), make_uneven_rows()
+    suite, rows = RewardSuite(recipe.rewards), make_uneven_rows().select(range(prompts))
     trainer: Any = make_trainer(recipe, suite, world, model=model, rows=rows, peft_config=config)
     trainer.__class__, trainer.parts, trainer.completions = Watched, [], []
     if sampled:
@@ -99,6 +101,8 @@ def run(folder: Path, world: int, sampled: bool = False, lora: bool = False, **c
         "tables": trainer.balance.tables(),
         "moved": (whole_parameters(model) - start).tolist(),
         "notes": trainer.notes,
+        "prompts": trainer.batch.prompt_index_N.tolist(),
+        "ledger": {name: values.tolist() for name, values in trainer.allocator.ledger.state_dict().items()},
     }
 
 
@@ -132,6 +136,11 @@ def runs_of(engine: str, folder: Path, world: int) -> dict[str, Any]:
             results[method] = run(folder, world, lora=method == "lora", **changes)
         except RecipeError as error:
             results[method] = {"refused": str(error)}
+    # Eight prompts fill a batch: the second one has the same again, in unequal groups.
+    solved = {"function": f"{REWARDS_FILE}:by_prompt", "range": [0, 1]}
+    changes = {"rewards__functions": {"solved": solved}, "allocation": {"method": "knapsack"}}
+    for name in ("knapsack", "knapsack lora"):
+        results[name] = run(folder, world, sampled=True, lora=name.endswith("lora"), prompts=8, **changes)
     if engine in ("alone", "ddp", "zero3"):
         results["sampled"] = run(folder, world, sampled=True)
     if engine == "zero3":

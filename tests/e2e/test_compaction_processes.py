@@ -132,6 +132,20 @@ def test_two_processes_sample_what_one_samples(engine: str, run: str, seen: dict
     assert max(map(abs, alone["sampled"]["moved"])) > 1e-3, "the second batch is from a policy that has moved"
 
 
+@pytest.mark.parametrize("run", ["knapsack", "knapsack lora"])
+@pytest.mark.parametrize("engine", USABLE)
+def test_unequal_groups_on_every_engine(engine: str, run: str, seen: dict[str, Any]) -> None:
+    """All processes hold the same ledger, and the groups of the second batch lie on both."""
+    first, second = (process[run] for process in seen[engine])
+    assert_engine(engine, first)
+    assert first["ledger"] == second["ledger"] and first["prompts"] == second["prompts"]
+    prompts = first["prompts"]
+    counts = {prompt: prompts.count(prompt) for prompt in prompts}
+    assert len(prompts) == 32 and len(counts) == 8 and len(set(counts.values())) > 1
+    assert set(prompts[:16]) & set(prompts[16:])
+    assert first["moved"] == second["moved"] and max(map(abs, first["moved"])) > 1e-4
+
+
 LEARNING = [(engine, method) for engine in USABLE for method in ("gradient", "hypervolume", "lora")]
 
 
