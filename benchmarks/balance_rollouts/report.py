@@ -29,8 +29,6 @@ BUDGET_PAIRS = [
     ("linear", "constant"),
     ("adaptive", "constant"),
     ("linear", "exponential"),
-    ("exponential_triangular", "constant_triangular"),
-    ("constant_triangular", "constant"),
     ("exponential_triangular", "exponential"),
 ]
 CAP_FIGURES = ("tokens_generated", "step_seconds", "generate_seconds")

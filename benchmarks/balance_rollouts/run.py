@@ -177,7 +177,7 @@ def analyse_allocation(benchmark: Benchmark, small: Runs, best: str, output: Pat
 
 def analyse_budgets(benchmark: Benchmark, runs: Runs, output: Path) -> dict[str, Any]:
     """The second part's share of result.json, and its picture."""
-    capped = [("constant", "constant_uncapped"), ("exponential", "exponential_uncapped")]
+    capped = [("constant", "constant_uncapped")]
     found = {
         "arms": analysis.averages(runs, report.BUDGET_FIGURES),
         "differences": analysis.differences(runs, report.BUDGET_PAIRS, {"correct": "up", "tokens": "down"}),
