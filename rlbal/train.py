@@ -236,7 +236,7 @@ def _train(
         trainer.add_callback(progress)
         trainer.add_callback(interruption)
         if checkpoint is not None:
-            trainer.load_rlbal_state(checkpoint)
+            trainer.learned.load(checkpoint)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except NothingLeft:

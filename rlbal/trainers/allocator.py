@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from rlbal.allocation_checks import strata_of
 from rlbal.allocation_sections import KnapsackAllocation
+from rlbal.balance.normalization import to_unit_interval
 from rlbal.batch import RolloutBatch
 from rlbal.batch_plan import BatchPlan
-from rlbal.errors import DataError
+from rlbal.errors import DataError, RewardError
 from rlbal.prompts.allocation import mean_counts, posterior_counts, uniform_counts
 from rlbal.prompts.dealing import deal
 from rlbal.prompts.ledger import PromptLedger
@@ -50,7 +52,7 @@ class RolloutAllocator:
                 why="prompts come again, get their shares of rollouts and may retire, so they must be known by number",
                 fix="give a `datasets.Dataset`, e.g. `Dataset.from_list(list(stream.take(100_000)))`",
             )
-        self.section, self.plan, self.seed = recipe.allocation, plan, recipe.seed
+        self.recipe, self.section, self.plan, self.seed = recipe, recipe.allocation, plan, recipe.seed
         self.pool = PromptPool(len(rows), shuffle, recipe.seed, self.section.review_fraction)
         self.ledger = PromptLedger(len(rows), self.section.resolved_forgetting, strata_of(recipe, rows))
         self.accuracy = float("nan")  # of the policy on the training data, as far as the last batch shows
@@ -100,14 +102,17 @@ class RolloutAllocator:
         a, b = self.ledger.belief(indices, at)
         return a / (a + b)
 
-    def observe(self, batch: RolloutBatch, success_N: Floats, step: int) -> None:
+    def observe(self, batch: RolloutBatch, step: int) -> None:
         """Take in a batch over all processes.
 
         Args:
             batch: the batch.
-            success_N: how far each row succeeded, 0 to 1, NaN where it was not scored.
             step: policy updates before it was generated.
+
+        Raises:
+            RewardError: something depends on successes, but their reward leaves [0, 1] and has no range.
         """
+        success_N = self._successes(batch)
         index_N = batch.prompt_index_N.numpy()
         prompts_P, counts_P = np.unique(index_N, return_counts=True)
         scored_N = ~np.isnan(success_N)
@@ -127,6 +132,30 @@ class RolloutAllocator:
         self.accuracy = (
             (1 - retired) * float(np.mean(rate_P[scored_P > 0])) + retired if scored_P.any() else float("nan")
         )
+
+    def _successes(self, batch: RolloutBatch) -> Floats:
+        """How far each row succeeded, 0 to 1, NaN where it was not scored: (N,)."""
+        rewards = self.recipe.rewards
+        name, column = rewards.success_name, list(rewards.functions).index(rewards.success_name)
+        ends = torch.tensor([rewards.functions[name].range or (0.0, 1.0)])
+        success_N = to_unit_interval(batch.rewards_NK[:, [column]], ends)[:, 0].numpy()
+        outside_N = (success_N < 0.0) | (success_N > 1.0)
+        if outside_N.any() and self._decides_by_success:
+            raise RewardError(
+                f"reward `{name}` says whether a rollout succeeded and gave "
+                f"{batch.rewards_NK[torch.from_numpy(outside_N), column][0]:g}, outside [0, 1]",
+                why="what is known of a prompt is a share of successes",
+                fix=f"set `rewards.functions.{name}.range` to the lowest and highest value it gives",
+            )
+        success_N[outside_N] = np.nan
+        return success_N
+
+    @property
+    def _decides_by_success(self) -> bool:
+        """Whether what is known of prompts decides anything."""
+        budget = self.recipe.budget
+        by_success = budget.schedule == "adaptive" or getattr(budget, "scope", "batch") == "prompt"
+        return self.section.method != "uniform" or self.section.retire_at is not None or by_success
 
     def metrics(self) -> dict[str, float]:
         metrics = self.ledger.metrics()

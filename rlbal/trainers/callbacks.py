@@ -31,7 +31,7 @@ class RunRecorder(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         assert self.trainer is not None
-        self.trainer.remember()
+        self.trainer.learned.remember()
         self._note_end(state)
         if state.global_step >= state.max_steps or self.stopped is not None:
             raise NothingLeft
@@ -40,7 +40,7 @@ class RunRecorder(TrainerCallback):
         # The last evaluation belongs inside the loop, where a best checkpoint can still be saved.
         trainer = self.trainer
         assert trainer is not None
-        trainer.remember()
+        trainer.learned.remember()
         if trainer.generation_is_due:
             self._note_end(state)
         if self.stopped is not None:
@@ -59,7 +59,7 @@ class RunRecorder(TrainerCallback):
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         assert self.trainer is not None
         self.trainer.step_started = time.perf_counter()
-        self.trainer.remember()
+        self.trainer.learned.remember()
 
     def on_log(
         self,
@@ -71,7 +71,8 @@ class RunRecorder(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero and logs is not None and "loss" in logs:
             assert self.trainer is not None
-            tables = self.trainer.balance.tables() | self.trainer.budget.tables() | self.trainer.allocator.tables()
+            trainer = self.trainer
+            tables = trainer.balance.tables() | trainer.budget.schedule.tables() | trainer.allocator.tables()
             append_jsonl(self.run.metrics_path, {"step": state.global_step, **logs, **tables})
 
     def on_evaluate(
@@ -102,7 +103,7 @@ class RunRecorder(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         assert self.trainer is not None
         if state.is_world_process_zero:
-            self.trainer.save_rlbal_state(self.run.path / f"checkpoint-{state.global_step}")
+            self.trainer.learned.save(self.run.path / f"checkpoint-{state.global_step}")
 
 
 class Interruption(TrainerCallback):

@@ -16,10 +16,8 @@ What then is trained on, `rlbal.trainers.compacted` says. TRL keeps the loss, Lo
 engines. Each method has a contract test that fails when TRL changes under it.
 """
 
-import json
 import time
 from collections import deque
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,19 +28,15 @@ from transformers import PreTrainedTokenizerBase
 
 from rlbal.balance.aggregation import prompt_level_factors
 from rlbal.balance.gradients import gram_matrix
-from rlbal.balance.normalization import to_unit_interval
 from rlbal.batch import RolloutBatch, batch_metrics, group_rows
 from rlbal.batch_plan import BatchPlan
-from rlbal.budget_checks import has_budget_field
-from rlbal.budget_sections import TOKEN_BUDGET, NoBudgetSection
-from rlbal.errors import RewardError, RunError, TrainingStopped
+from rlbal.budget_sections import TOKEN_BUDGET
+from rlbal.errors import TrainingStopped
 from rlbal.evaluation import Evaluation
-from rlbal.prompts.budget import longest_completion, make_budget, prompt_budget, with_budget
 from rlbal.recipe import Recipe
 from rlbal.rewards.loading import MEAN_LENGTH
 from rlbal.rewards.outcomes import merge, verdict
 from rlbal.rewards.suite import RewardSuite
-from rlbal.run import LEDGER, STATE, to_json, write_whole
 from rlbal.scaling.compute import rollout_flops
 from rlbal.speed import ROW_LOSSES, transformers_instead
 from rlbal.trainer_args import completion_limit
@@ -51,9 +45,11 @@ from rlbal.trainers.balance import RewardBalance
 from rlbal.trainers.compacted import CompactedGRPOTrainer
 from rlbal.trainers.evaluator import PolicyEvaluator
 from rlbal.trainers.influence import make_probe, teach_all
+from rlbal.trainers.length_budget import LengthBudget
 from rlbal.trainers.microbatch import REWARD_ADVANTAGES
 from rlbal.trainers.rollout import Rollouts, generation_limit
 from rlbal.trainers.sampler import RowsPerEpoch
+from rlbal.trainers.state import BalanceState
 from rlbal.trainers.step_factor import StepFactor
 from rlbal.trainers.totals import Totals, model_shape
 
@@ -84,8 +80,10 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
     ) -> None:
         self.recipe, self.plan, self.suite, self.rows, self.tokenizer = recipe, plan, suite, rows, tokenizer
         self.balance = RewardBalance(recipe, completion_limit(kwargs["args"]))
-        self.budget = make_budget(recipe.budget, completion_limit(kwargs["args"]), kwargs["args"].max_steps)
         self.allocator = RolloutAllocator(recipe, plan, rows, kwargs["args"].shuffle_dataset)
+        limit, total = completion_limit(kwargs["args"]), kwargs["args"].max_steps
+        self.budget = LengthBudget(recipe, limit, total, self.allocator)
+        self.learned = BalanceState(self)
         self.success = list(recipe.rewards.functions).index(recipe.rewards.success_name)
         self.batch: RolloutBatch | None = None
         self.totals = Totals()
@@ -145,7 +143,7 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         started = time.perf_counter()
-        inputs, cap = self._tell_budget(inputs)
+        inputs, cap = self.budget.tell(inputs, self.state.global_step)
         if self._rollouts is not None:
             self._rollouts.inputs = inputs
         with generation_limit(self, cap):
@@ -170,28 +168,11 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
         logged.extend(advantages_N.tolist())
         self._account(advantages_N)
         self._times["balance"] += time.perf_counter() - balance_started
-        self._learn(self.batch)
+        started = time.perf_counter()
+        self.allocator.observe(self.batch, self.state.global_step)
+        self._report |= self.budget.observe(self.batch, self.state.global_step) | self.allocator.metrics()
+        self._times["allocate"] += time.perf_counter() - started
         return output
-
-    def _tell_budget(self, inputs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
-        """Copies of the rows with their budgets in prompt and column, and the longest completion worth generating."""
-        section, step, limit = self.recipe.budget, self.state.global_step, completion_limit(self.args)
-        tokens = self.budget.tokens(step)
-        if tokens is None or isinstance(section, NoBudgetSection):
-            if has_budget_field(self.recipe.data):
-                inputs = [{**row, "prompt": with_budget(row["prompt"], limit)} for row in inputs]
-            return inputs, limit
-        budgets = [tokens] * len(inputs)
-        if section.scope == "prompt":
-            believed = self.allocator.believed([row["prompt_index"] for row in inputs], step)
-            budgets = [prompt_budget(tokens, rate, *section.prompt_scale) for rate in believed.tolist()]
-        told = [
-            {**row, "prompt": with_budget(row["prompt"], budget), TOKEN_BUDGET: budget}
-            for row, budget in zip(inputs, budgets, strict=True)
-        ]
-        # One cap for all processes: prompts may have tighter budgets, none has a wider one.
-        widest = tokens if section.scope == "batch" else prompt_budget(tokens, 0.0, *section.prompt_scale)
-        return told, longest_completion(section, widest, limit)
 
     def _gather_batch(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> RolloutBatch:
         """The batch over all processes; per-row numbers travel, never text."""
@@ -209,7 +190,7 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
             completion_tokens_N=completion_N,
             prompt_tokens_N=prompt_N,
             truncated_N=truncated_N.bool(),
-            budget_N=None if isinstance(self.recipe.budget, NoBudgetSection) else budget_N,
+            budget_N=None if self.recipe.budget.schedule == "none" else budget_N,
         )
 
     def _prompt_factors(self, batch: RolloutBatch) -> torch.Tensor:
@@ -234,40 +215,6 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
         self._report = batch_metrics(batch, self.balance.weights_K, names, self.success)
         self._report["advantage/abs_mean"] = advantages_N.abs().mean().item()
         self._report |= self._failures
-
-    def _learn(self, batch: RolloutBatch) -> None:
-        """Tell ledger and budget how a batch went.
-
-        Raises:
-            RewardError: something depends on successes, but their reward leaves [0, 1] and has no range.
-        """
-        started, step = time.perf_counter(), self.state.global_step
-        name = self.suite.names[self.success]
-        ends = torch.tensor([self.recipe.rewards.functions[name].range or (0.0, 1.0)])
-        success_N = to_unit_interval(batch.rewards_NK[:, [self.success]], ends)[:, 0]
-        outside_N = (success_N < 0.0) | (success_N > 1.0)
-        success_N[outside_N] = float("nan")
-        if outside_N.any() and self._depends_on_success:
-            raise RewardError(
-                f"reward `{name}` says whether a rollout succeeded and gave "
-                f"{batch.rewards_NK[outside_N, self.success][0]:g}, outside [0, 1]",
-                why="what is known of a prompt is a share of successes",
-                fix=f"set `rewards.functions.{name}.range` to the lowest and highest value it gives",
-            )
-        self._report["budget/tokens"] = float(self.budget.tokens(step) or "nan")
-        if batch.budget_N is not None:
-            self._report["budget/told"] = batch.budget_N.double().mean().item()
-        self.allocator.observe(batch, success_N.numpy(), step)
-        self.budget.observe(self.allocator.accuracy)
-        self._report |= self.budget.metrics() | self.allocator.metrics()
-        self._times["allocate"] += time.perf_counter() - started
-
-    @property
-    def _depends_on_success(self) -> bool:
-        """Whether what is known of prompts decides anything."""
-        allocation, budget = self.recipe.allocation, self.recipe.budget
-        by_success = budget.schedule == "adaptive" or getattr(budget, "scope", "batch") == "prompt"
-        return allocation.method != "uniform" or allocation.retire_at is not None or by_success
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list, completions: list, completion_ids_list: list[list[int]]
@@ -353,50 +300,9 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
         """A completion that ends otherwise was cut off by the token limit (as TRL has it)."""
         return {*self.eos_token_ids, self._tokenizer.pad_token_id}
 
-    def rlbal_state(self) -> dict[str, Any]:
-        """What a checkpoint needs besides TRL's part and the ledger."""
-        return {
-            "totals": self.totals.metrics(self.accelerator.num_processes),
-            "budget": self.budget.state_dict(),
-            "allocation": self.allocator.state_dict(),
-            **self.balance.state_dict(),
-        }
-
-    def save_rlbal_state(self, folder: Path) -> None:
-        """Write rlbal's part of a checkpoint; the state file last, since it says that the checkpoint is whole."""
-        self.allocator.ledger.save(folder / LEDGER)
-        write_whole(folder / STATE, to_json(self.rlbal_state()) + "\n")
-
-    def load_rlbal_state(self, folder: Path) -> None:
-        """Go on from what `save_rlbal_state` wrote.
-
-        Raises:
-            RunError: it does not fit the recipe, or is of an rlbal that knew less.
-        """
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        if missing := [key for key in ("totals", "budget", "allocation") if key not in state]:
-            raise RunError(
-                f"{folder / STATE} has no `{missing[0]}`", "it is of an earlier version of rlbal", "start the run again"
-            )
-        self._load_state(state)
-        self.allocator.ledger.load(folder / LEDGER)
-
-    def _load_state(self, state: dict[str, Any]) -> None:
-        self.totals.load(state["totals"])
-        self.balance.load_state_dict(state)
-        self.budget.load_state_dict(state["budget"])
-        self.allocator.load_state_dict(state["allocation"])
-
-    def remember(self) -> None:
-        """Keep rlbal's state as it is between two steps, for when the next one fails."""
-        ledger = {name: array.copy() for name, array in self.allocator.ledger.state_dict().items()}
-        self._before = self.rlbal_state(), ledger
-
     def save_now(self) -> None:
         """Write a checkpoint of the last complete optimizer step, outside the training loop."""
-        state, ledger = self._before
-        self._load_state(state)
-        self.allocator.ledger.load_state_dict(ledger)
+        self.learned.take_back()
         self._step_factor.restore()
         self._save_checkpoint(self.model, trial=None)
         self.callback_handler.on_save(self.args, self.state, self.control)

@@ -122,7 +122,7 @@ def test_accuracy_is_that_of_the_prompts_not_of_the_rows(tmp_path: Path) -> None
     assert allocator.accuracy == pytest.approx(sum(rates) / 4)
     assert allocator.accuracy != pytest.approx(batch.rewards_NK[:, 0].mean().item(), abs=1e-3)
     allocator.ledger.retired_M[:] = [True, False, False, False]
-    allocator.observe(batch, batch.rewards_NK[:, 0].double().numpy(), 3)
+    allocator.observe(batch, 3)
     assert allocator.accuracy == pytest.approx(1 / 4 + 3 / 4 * sum(rates) / 4)
 
 
@@ -168,7 +168,7 @@ def test_a_failed_step_leaves_no_trace_in_its_checkpoint(tmp_path: Path, monkeyp
         checkpoint = tmp_path / "checkpoint-2"
         rest = make_trainer(recipe, suite)
         rest.__class__ = Recorder
-        rest.load_rlbal_state(checkpoint)
+        rest.learned.load(checkpoint)
         assert rest.totals.rollouts == 4 * 16
         rest.train(resume_from_checkpoint=str(checkpoint))
     assert isinstance(trainer, Recorder) and isinstance(rest, Recorder)
@@ -302,9 +302,9 @@ def test_masked_truncated_rows_count_nowhere(tmp_path: Path) -> None:
 
 def test_a_checkpoint_holds_ledger_and_pool(tmp_path: Path) -> None:
     trainer = train(tmp_path, rows=24)
-    trainer.save_rlbal_state(tmp_path)
+    trainer.learned.save(tmp_path)
     fresh = make_trainer(trainer.recipe, trainer.suite)
-    fresh.load_rlbal_state(tmp_path)
+    fresh.learned.load(tmp_path)
     for name, array in trainer.allocator.ledger.state_dict().items():
         np.testing.assert_array_equal(fresh.allocator.ledger.state_dict()[name], array)
     assert trainer.allocator.draw(4).tolist() == fresh.allocator.draw(4).tolist()

@@ -53,7 +53,7 @@ def train(tmp_path: Path, sampled: bool = False, resume: Path | None = None, **c
         trainer = make_trainer(recipe, suite, rows=rows, rollout_func=rollouts)
         trainer.__class__ = Recorder
         if resume is not None:
-            trainer.load_rlbal_state(resume)
+            trainer.learned.load(resume)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     assert isinstance(trainer, Recorder)
     trainer.caps = caps
@@ -144,7 +144,7 @@ def test_a_resumed_run_goes_on_with_its_budget(budget: dict[str, Any], tmp_path:
     changes = {"budget": budget, "trainer__max_steps": 6, "trainer__save_strategy": "steps", "trainer__save_steps": 3}
     whole = check_one_number(train(tmp_path / "whole", **changes))
     assert len(set().union(*whole)) > 1
-    train_to_three(tmp_path, changes).save_rlbal_state(tmp_path / "checkpoint-3")
+    train_to_three(tmp_path, changes).learned.save(tmp_path / "checkpoint-3")
     rest = train(tmp_path, resume=tmp_path / "checkpoint-3", **changes)
     assert check_one_number(rest) == whole[3:]
 

@@ -123,7 +123,7 @@ def test_generation_happens_once_per_cycle(tmp_path: Path) -> None:
 def test_ragged_groups_reach_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever allocation decides, advantages follow each row's own prompt."""
     monkeypatch.setattr(
-        "rlbal.trainers.grpo.uniform_counts", lambda prompts, rollouts: np.array([1, 2, 5, rollouts - 8])
+        "rlbal.trainers.allocator.uniform_counts", lambda prompts, rollouts: np.array([1, 2, 5, rollouts - 8])
     )
     trainer = trained(tmp_path, advantage__scale="none", trainer__max_steps=1)
     batch = trainer.batch

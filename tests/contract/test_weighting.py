@@ -212,9 +212,9 @@ def test_a_checkpoint_holds_what_was_learned(name: str, tmp_path: Path) -> None:
         advantage={"scale": "beta", "order": "normalize_then_sum", "beta": {"estimator": "beta_binomial"}},
     )
     _, _, trained = train(recipe)
-    trained.save_rlbal_state(tmp_path)
+    trained.learned.save(tmp_path)
     fresh = make_trainer(recipe, RewardSuite(recipe.rewards))
-    fresh.load_rlbal_state(tmp_path)
+    fresh.learned.load(tmp_path)
     assert fresh.balance.state_dict() == trained.balance.state_dict()
     assert fresh.balance.batches == 3
     for progress in (0.0, 0.5):

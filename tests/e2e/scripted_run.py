@@ -90,7 +90,7 @@ def main(folder: str, case: str, rows: int) -> None:
         "moved": (parameters(trainer.model) - start).tolist(),
         "prompts": trainer.batch.prompt_index_N.tolist(),
         "ledger": {name: array.tolist() for name, array in trainer.allocator.ledger.state_dict().items()},
-        "state": trainer.rlbal_state(),
+        "state": trainer.learned.now(),
     }
     Path(folder, f"rank{accelerator.process_index}.json").write_text(json.dumps(seen))
     if torch.distributed.is_initialized():
