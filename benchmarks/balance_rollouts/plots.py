@@ -25,7 +25,6 @@ STYLES = {
     "uniform_prompt": (BLACK, "--"),
     "mean": (ORANGE, "-"),
     "knapsack": (BLUE, "-"),
-    "knapsack_loss": (BLUE, "--"),
     "variance": (RED, "-"),
     "nonzero": (GREEN, "-"),
     "constant": (BLACK, "-"),
@@ -33,17 +32,17 @@ STYLES = {
     "linear": (GREEN, "-"),
     "adaptive": (RED, "-"),
 }
-STRATA, LARGE, UNCAPPED, TRIANGULAR = "_strata", "large_", "_uncapped", "_triangular"
+STRATA, LARGE, UNCAPPED, TRIANGULAR, LOSS = "_strata", "large_", "_uncapped", "_triangular", "_loss"
 plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
 
 
 def style(arm: str) -> tuple[str, str]:
-    """Colour and dashes of an arm: of its schedule or value, dashed for the variant."""
-    plain = arm.removeprefix(LARGE).removesuffix(STRATA).removesuffix(TRIANGULAR).removesuffix(UNCAPPED)
-    colour, dash = STYLES[plain]
-    if arm.endswith(UNCAPPED):
+    """Colour and dashes of an arm: of its schedule or value, dashed for the variant, dotted for a variant of it."""
+    plain = arm.removeprefix(LARGE).removesuffix(LOSS).removesuffix(STRATA).removesuffix(TRIANGULAR)
+    colour, dash = STYLES[plain.removesuffix(UNCAPPED)]
+    if arm.endswith((UNCAPPED, STRATA + LOSS)):
         return colour, ":"
-    return colour, "--" if arm.endswith((STRATA, TRIANGULAR)) else dash
+    return colour, "--" if arm.endswith((STRATA, TRIANGULAR, LOSS)) else dash
 
 
 def learning(found: dict[str, Any], curves: dict[str, dict[str, list[dict[str, Any]]]], file: Path) -> None:

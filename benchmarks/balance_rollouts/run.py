@@ -71,7 +71,9 @@ class Benchmark:
 
     def large_arms(self, best: str) -> dict[str, list[str]]:
         overrides = self.sweeps["small"]["arms"][best]
-        return {LARGE_UNIFORM: [], f"large_{best}": overrides, f"large_{best}_strata": [*overrides, STRATA]}
+        strata = [*overrides, STRATA]
+        arms = {LARGE_UNIFORM: [], f"large_{best}": overrides, f"large_{best}_strata": strata}
+        return arms | {f"large_{best}_strata_loss": [*strata, "advantage.aggregation=loss"]}
 
     def run_budgets(self) -> None:
         """Token budgets, and then the evaluation of all runs at the last one."""
@@ -165,7 +167,8 @@ def analyse_allocation(benchmark: Benchmark, small: Runs, best: str, output: Pat
             "runs": {arm: {str(seed): run for seed, run in seeds.items()} for arm, seeds in runs.items()},
         }
     knapsacks = ["mean", *VALUES]
-    controls = [*((arm, "uniform_prompt") for arm in knapsacks), (best, "mean"), ("knapsack", "knapsack_loss")]
+    controls = [*((arm, "uniform_prompt") for arm in knapsacks), (best, "mean")]
+    controls += [("knapsack", "knapsack_loss"), ("mean", "mean_loss"), ("knapsack_loss", "mean_loss")]
     found["small"]["controls"] = analysis.differences(small, list(dict.fromkeys(controls)), report.WAYS)
     if "large" in found:
         pair = (f"large_{best}_strata", f"large_{best}")
