@@ -116,15 +116,15 @@ def check_bounds(num_prompts: int, total: int, low: int, high: int) -> None:
         raise RecipeError(
             f"{num_prompts} prompts with at least {low} rollouts each (`allocation.low`) are more than the {total} "
             "rollouts of a generation batch",
-            fix=f"lower `allocation.low` to {total // num_prompts}"
-            if total >= num_prompts
-            else "take fewer prompts per batch",
+            fix=f"lower `allocation.low`, best below {total // num_prompts}"
+            if total >= 2 * num_prompts
+            else "raise `algorithm.rollouts_per_prompt`, so that there is something to share out",
         )
     if high * num_prompts < total:
         raise RecipeError(
             f"{num_prompts} prompts with at most {high} rollouts each (`allocation.high`) are fewer than the {total} "
             "rollouts of a generation batch",
-            fix=f"raise `allocation.high` to {-(-total // num_prompts)} at least",
+            fix=f"raise `allocation.high`, best above {-(-total // num_prompts)}",
         )
 
 

@@ -91,3 +91,10 @@ def test_header_and_launch_section_name_the_same_processes(name):
     else:
         assert configs == [f"accelerate_configs/{launch.accelerate}.yaml"]
         assert load_config_from_file(str(ROOT / configs[0])).num_processes == launch.num_processes
+
+
+def test_the_quickstart_takes_allocation_and_a_budget_by_override():
+    recipe = read_recipe(ROOT / "recipes/quickstart.yaml", ["allocation.method=knapsack", "budget.schedule=linear"])
+    args, plan = bind_trainer(recipe)
+    assert args.num_generations == plan.rollouts  # TRL must not cut the batch into equal groups
+    assert recipe.advantage.aggregation == "prompt"

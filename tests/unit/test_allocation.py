@@ -154,9 +154,14 @@ def test_a_tight_total_leaves_no_choice(value):
     [
         (8, 0, 4, r"`allocation.low` is 0.*\n.*\nFix: make it 1 at least"),
         (8, 4, 2, r"`allocation.low` \(4\) is above `allocation.high` \(2\)"),
-        (11, 3, 8, r"4 prompts with at least 3 rollouts.*`allocation.low`.*11(.|\n)*Fix: lower `allocation.low` to 2"),
-        (3, 1, 8, r"`allocation.low`(.|\n)*Fix: take fewer prompts"),
-        (33, 2, 8, r"`allocation.high`.*33(.|\n)*Fix: raise `allocation.high` to 9"),
+        (
+            11,
+            3,
+            8,
+            r"4 prompts with at least 3 rollouts.*`allocation.low`.*11(.|\n)*Fix: lower `allocation.low`, best below 2",
+        ),
+        (3, 1, 8, r"`allocation.low`(.|\n)*Fix: raise `algorithm.rollouts_per_prompt`"),
+        (33, 2, 8, r"`allocation.high`.*33(.|\n)*Fix: raise `allocation.high`, best above 9"),
     ],
 )
 def test_an_impossible_total_names_the_key(total, low, high, message):

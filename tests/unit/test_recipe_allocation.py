@@ -65,11 +65,11 @@ def test_refused_when_read(override: str, message: str) -> None:
 NOTHING_LEFT = "leave nothing to allocate"
 BATCH = ["trainer.per_device_train_batch_size=32"]  # 4 prompts x 8 rollouts
 BOUND = [
-    (["allocation={method: knapsack, low: 9}"], "lower `allocation.low` to 8"),
-    (["allocation={method: knapsack, high: 7}"], "raise `allocation.high` to 8 at least"),
+    (["allocation={method: knapsack, low: 9}"], "lower `allocation.low`, best below 8"),
+    (["allocation={method: knapsack, high: 7}"], "raise `allocation.high`, best above 8"),
     (
         ["allocation.method=knapsack", "algorithm={name: reinforce, rollouts_per_prompt: 1}"],
-        "lower `allocation.low` to 1",
+        "raise `algorithm.rollouts_per_prompt`",
     ),
     (["trainer.generation_kwargs={max_tokens: 9}"], "`trainer.generation_kwargs.max_tokens` is decided elsewhere"),
     (["trainer.generation_kwargs={n: 2}"], "`trainer.generation_kwargs.n` is decided elsewhere"),
