@@ -22,6 +22,8 @@ from rlbal.balance_sections import (
 from rlbal.budget_checks import check_template
 from rlbal.budget_sections import SCHEDULES, AnyBudget, NoBudgetSection
 from rlbal.errors import RecipeError, nearest
+from rlbal.ppo_checks import check_ppo, check_section
+from rlbal.ppo_sections import PPOSection
 from rlbal.recipe_file import apply_override, dump_yaml, parse_yaml
 from rlbal.section import Section, UserPath
 from rlbal.sections import (
@@ -74,6 +76,7 @@ ADVANTAGE_PRESETS = {
     "grpo": {"baseline": "group", "scale": "group_std"},
     "rloo": {"baseline": "leave_one_out", "scale": "none"},
     "reinforce": {"baseline": "none", "scale": "none"},
+    "ppo": {"baseline": "none", "scale": "none"},  # its critic compares, not the advantage section
 }
 # Section -> the key that chooses among its kinds, and what it may say.
 CHOICES = {
@@ -98,6 +101,7 @@ class Recipe(Section):
     rewards: RewardsSection
     weighting: AnyWeights = Field(default_factory=FixedWeights)
     advantage: AdvantageSection = Field(default_factory=AdvantageSection)
+    ppo: PPOSection | None = Field(default=None, description="Settings of `algorithm.name: ppo`.")
     budget: AnyBudget = Field(default_factory=NoBudgetSection)
     allocation: AnyAllocation = Field(default_factory=UniformAllocation)
     lora: dict[str, Any] | None = Field(
@@ -118,6 +122,9 @@ class Recipe(Section):
         algorithm, advantage = values.get("algorithm", {}), values.get("advantage", {})
         if not isinstance(algorithm, dict) or not isinstance(advantage, dict):
             return values
+        check_section(values, algorithm.get("name") == "ppo")
+        if algorithm.get("name") == "ppo":
+            values = {"ppo": {}, **values}
         preset = ADVANTAGE_PRESETS.get(str(algorithm.get("name", "grpo")), {})
         unequal = isinstance(values.get("allocation"), dict) and values["allocation"].get("method") == "knapsack"
         preset = {**preset, "aggregation": "prompt" if unequal else "loss"}
@@ -133,6 +140,7 @@ class Recipe(Section):
     def _balance_possible(self) -> Self:
         check_weighting(self)
         check_advantage(self)
+        check_ppo(self)
         return self
 
     @model_validator(mode="after")
@@ -169,7 +177,8 @@ class Recipe(Section):
 
     def dump(self) -> str:
         """The resolved recipe as YAML; reading it back gives an equal recipe."""
-        return dump_yaml(self.model_dump(mode="json"))
+        # Under PPO `advantage` says nothing, and may not be given.
+        return dump_yaml(self.model_dump(mode="json", exclude={"advantage"} if self.ppo is not None else None))
 
 
 def _message(error: ValidationError, raw: Any) -> str:

@@ -12,10 +12,10 @@ from rlbal.section import NAME, Section, UserPath
 class AlgorithmSection(Section):
     """Which policy-gradient estimator; a preset of `advantage.baseline` and `advantage.scale`."""
 
-    name: Literal["grpo", "rloo", "reinforce"] = Field(
+    name: Literal["grpo", "rloo", "reinforce", "ppo"] = Field(
         default="grpo",
         description="grpo: group baseline and group std; rloo: leave-one-out baseline, no scale; "
-        "reinforce: no baseline, no scale. `advantage.*` overrides either.",
+        "reinforce: no baseline, no scale. `advantage.*` overrides either. ppo: a critic and `ppo.*` instead.",
     )
     rollouts_per_prompt: int = Field(default=8, ge=1, description="Completions sampled for each prompt (G in GRPO).")
 

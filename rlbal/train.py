@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,11 +43,12 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Policy:
-    """The model to train, its tokenizer, and the training rows whose prompts it can take."""
+    """The model to train, its tokenizer, the training rows whose prompts it can take, and a separate critic if any."""
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
     rows: "Dataset"
+    critic: "PreTrainedModel | None" = None
 
 
 def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Path:
@@ -186,7 +188,8 @@ def load_policy(inputs: Inputs, source: str | Path) -> Policy:
     if note is not None and args.distributed_state.is_main_process:
         print(f"note: {note}", file=sys.stderr)
     _check_fills_batch(len(rows), inputs.plan)  # again: overlong prompts may be gone
-    return Policy(model, tokenizer, rows)
+    separate = recipe.ppo is not None and recipe.ppo.critic == "separate"
+    return Policy(model, tokenizer, rows, load_model(source, recipe.model) if separate else None)
 
 
 def build_trainer(
@@ -198,13 +201,15 @@ def build_trainer(
     from rlbal.model import lora_config
     from rlbal.trainers.callbacks import RunRecorder
     from rlbal.trainers.grpo import BalancedGRPOTrainer
+    from rlbal.trainers.ppo import BalancedPPOTrainer
 
     recipe, args = inputs.recipe, inputs.args
+    kind: Any = BalancedGRPOTrainer if recipe.ppo is None else partial(BalancedPPOTrainer, critic_model=policy.critic)
     if recipe.model.revision is not None:
         args.model_init_kwargs = {"revision": recipe.model.revision}  # TRL loads the reference model itself
     args.eval_on_start = start_evaluation and recipe.evaluation.at_start and inputs.data.eval is not None
     recorder = RunRecorder(run)
-    trainer = BalancedGRPOTrainer(
+    trainer: BalancedGRPOTrainer = kind(
         recipe=recipe,
         plan=inputs.plan,
         suite=inputs.suite,

@@ -18,6 +18,7 @@ from rlbal.balance_checks import check_probe
 from rlbal.batch_plan import BatchPlan, plan_batches
 from rlbal.budget_checks import check_budget
 from rlbal.errors import RecipeError, nearest
+from rlbal.ppo_checks import check_ppo_trainer
 from rlbal.recipe import Recipe
 from rlbal.speed import check_speed
 
@@ -191,6 +192,9 @@ def config_kwargs(recipe: Recipe, trainer: dict[str, Any], plan: BatchPlan) -> d
         "metric_for_best_model": f"eval_{evaluation.best_metric}" if evaluation.every is not None else None,
         "greater_is_better": True if evaluation.every is not None else None,
     }
+    if recipe.ppo is not None:
+        # TRL then has a reference model and its log-probabilities; the trainer keeps the KL term out of the loss.
+        kwargs["beta"] = recipe.ppo.kl_penalty
     return kwargs
 
 
@@ -265,6 +269,7 @@ def bind_trainer(recipe: Recipe) -> "tuple[GRPOConfig, BatchPlan]":
     check_allocation(recipe, plan)
     check_generation(recipe, trainer)
     check_budget(recipe, with_defaults(trainer))
+    check_ppo_trainer(recipe, with_defaults(trainer))
     kwargs = config_kwargs(recipe, trainer, plan)
     kwargs["per_device_train_batch_size"] = plan.per_device * plan.num_processes
     kwargs["use_cpu"] = True
@@ -303,6 +308,7 @@ def training_args(recipe: Recipe, num_processes: int) -> "tuple[GRPOConfig, Batc
     check_allocation(recipe, plan)
     check_generation(recipe, trainer)
     check_budget(recipe, with_defaults(trainer))
+    check_ppo_trainer(recipe, with_defaults(trainer))
     kwargs = config_kwargs(recipe, trainer, plan)
     if not torch.accelerator.is_available():
         kwargs["use_cpu"] = True

@@ -153,15 +153,7 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
         self._times["reward"] += self._last_reward_seconds
 
         self.batch = self._gather_batch(inputs, output)
-        advantages_N = self.balance.advantages(self.batch, self.state.global_step / max(self.state.max_steps, 1))
-        mine, device = self._local_slice(len(inputs)), self.accelerator.device
-        factors_N = self._prompt_factors(self.batch).to(advantages_N.dtype)
-        advantages_N = advantages_N * factors_N
-        if self.balance.probe_is_due:
-            own_NK = self.balance.reward_advantages(self.batch) * factors_N[:, None]
-            advantages_N = teach_all(advantages_N, own_NK)
-            output[REWARD_ADVANTAGES] = own_NK[mine].to(device)
-        output["advantages"] = advantages_N[mine].to(device)
+        advantages_N = self._take_advantages(self.batch, output, self._local_slice(len(inputs)))
         self._sampled_by_this_policy = True
         logged: deque[float] = self._logs["advantages"]  # type: ignore[assignment]
         logged.clear()
@@ -173,6 +165,22 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
         self._report |= self.budget.observe(self.batch, self.state.global_step) | self.allocator.metrics()
         self._times["allocate"] += time.perf_counter() - started
         return output
+
+    def _take_advantages(self, batch: RolloutBatch, output: dict[str, Any], mine: slice) -> torch.Tensor:
+        """Put this process's advantages into `output`; those of all rows, (N,)."""
+        advantages_N = self.balance.advantages(batch, self._progress)
+        factors_N = self._prompt_factors(batch).to(advantages_N.dtype)
+        advantages_N = advantages_N * factors_N
+        if self.balance.probe_is_due:
+            own_NK = self.balance.reward_advantages(batch) * factors_N[:, None]
+            advantages_N = teach_all(advantages_N, own_NK)
+            output[REWARD_ADVANTAGES] = own_NK[mine].to(self.accelerator.device)
+        output["advantages"] = advantages_N[mine].to(self.accelerator.device)
+        return advantages_N
+
+    @property
+    def _progress(self) -> float:
+        return self.state.global_step / max(self.state.max_steps, 1)
 
     def _gather_batch(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> RolloutBatch:
         """The batch over all processes; per-row numbers travel, never text."""

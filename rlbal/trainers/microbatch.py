@@ -44,6 +44,8 @@ PER_TOKEN_KEYS = (
     "sampling_per_token_logps",
     "importance_sampling_ratio",
     "advantages",
+    "old_values",
+    "returns",
 )
 REWARD_ADVANTAGES = "reward_advantages"  # (B, K): what the advantages would be for each reward alone
 
@@ -259,13 +261,15 @@ def forward_in_parts(
     """Log-probabilities of a whole batch from parts of rows of similar length, without padding but their own.
 
     Args:
-        forward: gives (B, T) log-probabilities for (B, P + T) tokens, their mask, and T.
+        forward: gives (B, T) log-probabilities, or (B, T + 1, C) of several kinds, for (B, P + T) tokens, their mask,
+            and T.
         input_ids, attention_mask: R rows of left-padded prompts and right-padded completions.
         completion_width: columns of the completions, padding included.
         how, gather, process_index: as in `compact`; all processes call `forward` equally often.
 
     Returns:
-        (R, `completion_width`), 0 at padding, which is what TRL has there.
+        (R, `completion_width`), or (R, `completion_width` + 1, C), with 0 in the columns that a part has not, which is
+        what TRL has at padding.
     """
     R, border = len(input_ids), input_ids.shape[1] - completion_width
     lengths_R2 = columns_needed(attention_mask[:, :border], attention_mask[:, border:], how)
@@ -280,7 +284,8 @@ def forward_in_parts(
         index = torch.from_numpy(rows).to(input_ids.device)
         part = forward(input_ids[index, columns], attention_mask[index, columns], longest_T)
         if result_RT is None:
-            result_RT = part.new_zeros(R, completion_width)
+            extra = part.shape[1] - longest_T
+            result_RT = part.new_zeros(R, completion_width + extra, *part.shape[2:])
         result_RT[index, : part.shape[1]] = part
     assert result_RT is not None
     return result_RT

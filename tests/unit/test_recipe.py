@@ -55,7 +55,7 @@ def test_a_source_only_offers_its_own_keys():
     ("override", "message"),
     [
         ("seed=x", "`seed`: Input should be a valid integer, unable to parse string as an integer (got 'x')"),
-        ("algorithm.name=gpro", "`algorithm.name`: Input should be 'grpo', 'rloo' or 'reinforce' (got 'gpro')"),
+        ("algorithm.name=gpro", "`algorithm.name`: Input should be 'grpo', 'rloo', 'reinforce' or 'ppo' (got 'gpro')"),
         (
             "algorithm.rollouts_per_prompt=0",
             "`algorithm.rollouts_per_prompt`: Input should be greater than or equal to 1",
