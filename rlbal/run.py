@@ -4,10 +4,11 @@
 recipe.yaml         the resolved recipe
 metrics.jsonl       one object per optimizer step
 evaluations.jsonl   one object per evaluation
-checkpoint-N/       TRL's checkpoint and rlbal's state, the ledger of prompts among it
+checkpoint-N/       TRL's checkpoint and rlbal's state, the ledger of prompts among it; whole, or not there
 best.json           which checkpoint scored best, and how
 warm_start/         the tiny model as RL found it (only with `model.tiny.warm_start`)
 model/              the final model
+merged/             the same with its adapter merged into its base (`rlbal merge`)
 ledger.safetensors  what was known of each prompt at the end (`rlbal ledger`)
 stopped.json        why the run ended before its last step, if it did
 """
@@ -20,12 +21,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rlbal.checkpoint import is_sealed
 from rlbal.errors import RunError
 from rlbal.recipe import Recipe, read_recipe
 
 MARKER = ".rlbal-run"
 STATE = "rlbal_state.json"
 LEDGER = "ledger.safetensors"
+ASIDE = ".unfinished"  # where checkpoints and the final model are written before they get their names
 
 
 class RunDirectory:
@@ -45,6 +48,14 @@ class RunDirectory:
     @property
     def model_path(self) -> Path:
         return self.path / "model"
+
+    @property
+    def best_path(self) -> Path:
+        return self.path / "best.json"
+
+    @property
+    def aside(self) -> Path:
+        return self.path / ASIDE
 
     @property
     def is_run(self) -> bool:
@@ -111,13 +122,12 @@ class RunDirectory:
         return read_recipe(self.path / "recipe.yaml")
 
     def checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first. One without both state files was cut off while being written."""
+        """Whole checkpoints, oldest first."""
         found = [path for path in self.path.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-        whole = [path for path in found if (path / STATE).is_file() and (path / "trainer_state.json").is_file()]
-        return sorted(whole, key=lambda path: int(path.name.split("-")[1]))
+        return sorted(filter(is_sealed, found), key=step_of)
 
     def latest_checkpoint(self) -> Path:
-        """The newest complete checkpoint.
+        """The newest whole checkpoint.
 
         Raises:
             RunError: there is none.
@@ -144,14 +154,32 @@ class RunDirectory:
             return set()
         return {record["step"] for record in read_jsonl(self.evaluations_path)}
 
-    def rewind(self, step: int) -> None:
-        """Forget what was recorded after `step`, which is about to be done again."""
+    def best(self) -> dict[str, Any] | None:
+        """Which checkpoint scored best, and how; None before one has."""
+        return json.loads(self.best_path.read_text(encoding="utf-8")) if self.best_path.is_file() else None
+
+    def rewind(self, step: int, best: dict[str, Any] | None) -> None:
+        """Forget what was recorded after `step`, which is about to be done again.
+
+        Args:
+            step: of the checkpoint to go on from.
+            best: what `best` gave then.
+        """
         for path in (self.metrics_path, self.evaluations_path):
             if path.is_file():
                 kept = [record for record in read_jsonl(path) if record["step"] <= step]
                 write_whole(path, "".join(to_json(record) + "\n" for record in kept))
-        for path in (self.path / LEDGER, self.stopped_path):  # of an end that no longer is one
+        if best is not None:
+            write_whole(self.best_path, to_json(best) + "\n")
+        of_an_end_that_no_longer_is_one = (self.path / LEDGER, self.stopped_path)
+        for path in (*of_an_end_that_no_longer_is_one, *([self.best_path] if best is None else [])):
             path.unlink(missing_ok=True)
+        shutil.rmtree(self.aside, ignore_errors=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer steps done before a checkpoint."""
+    return int(checkpoint.name.split("-")[1])
 
 
 def to_json(record: dict[str, Any]) -> str:

@@ -9,15 +9,16 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 
+from rlbal import process_group
 from rlbal.budget_checks import check_positions
 from rlbal.errors import DataError, RewardError, RlbalError, RunError, TrainingStopped
 from rlbal.quiet import quiet_libraries
 from rlbal.recipe import Recipe, read_recipe
-from rlbal.run import LEDGER, RunDirectory, read_jsonl
+from rlbal.run import LEDGER, RunDirectory, read_jsonl, step_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,10 +69,11 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
         TrainingStopped: a reward failed or the user interrupted; a checkpoint is saved.
     """
     quiet_libraries()
-    from rlbal.trainer_args import training_args
+    from rlbal.trainer_args import training_args, validate_trainer, with_defaults
 
     console = console or Console()
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    process_group.join(with_defaults(validate_trainer(recipe.trainer)))
     args, plan = training_args(recipe, world)
     if args.world_size != world:
         raise RunError(
@@ -90,9 +92,9 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
             policy = None if recipe.model.tiny else load_policy(inputs, str(recipe.model.name_or_path))
             _claim(run, recipe, args, checkpoint, overwrite)
             policy = policy or load_policy(inputs, _build_tiny(inputs, run))
-            evaluated = run.evaluated_steps()
-            at_start = (checkpoint is None or checkpoint.name == "checkpoint-0") and 0 not in evaluated
-            trainer = build_trainer(inputs, policy, run, start_evaluation=at_start)
+            step = 0 if checkpoint is None else step_of(checkpoint)
+            evaluated = {one for one in run.evaluated_steps() if one <= step}
+            trainer = build_trainer(inputs, policy, run, start_evaluation=step == 0 and 0 not in evaluated)
             _train(trainer, run, checkpoint, console, evaluated)
         if args.distributed_state.is_main_process:
             _summarise(run, console)
@@ -144,14 +146,11 @@ def _check_fills_batch(prompts: int, plan: "BatchPlan") -> None:
 
 
 def _claim(run: RunDirectory, recipe: Recipe, args: "GRPOConfig", checkpoint: Path | None, overwrite: bool) -> None:
-    """Make the run directory, or take up the one that is there; the main process does it, the others wait."""
+    """Make the directory of a new run; the main process does it, the others wait."""
     everyone = args.distributed_state
     everyone.wait_for_everyone()
-    if everyone.is_main_process:
-        if checkpoint is None:
-            run.start(recipe, overwrite)
-        else:
-            run.rewind(int(checkpoint.name.split("-")[1]))
+    if everyone.is_main_process and checkpoint is None:
+        run.start(recipe, overwrite)
     everyone.wait_for_everyone()
 
 
@@ -198,7 +197,7 @@ def build_trainer(
     """Put the trainer together; `start_evaluation` asks for one before the first step if the recipe does."""
     from transformers import PrinterCallback, ProgressCallback
 
-    from rlbal.model import lora_config
+    from rlbal.model import lora_config, train_in_float32
     from rlbal.trainers.callbacks import RunRecorder
     from rlbal.trainers.grpo import BalancedGRPOTrainer
     from rlbal.trainers.ppo import BalancedPPOTrainer
@@ -221,6 +220,8 @@ def build_trainer(
         peft_config=lora_config(recipe),
         callbacks=[recorder],
     )
+    if recipe.model.quantization is not None:
+        train_in_float32(cast(Any, trainer.model))
     recorder.trainer = trainer
     if args.distributed_state.is_main_process:
         for note in trainer.notes:
@@ -241,7 +242,7 @@ def _train(
         trainer.add_callback(progress)
         trainer.add_callback(interruption)
         if checkpoint is not None:
-            trainer.learned.load(checkpoint)
+            _take_up(trainer, run, checkpoint)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except NothingLeft:
@@ -263,7 +264,19 @@ def _train(
         trainer.evaluate()
     if trainer.accelerator.is_main_process:
         trainer.allocator.ledger.save(run.path / LEDGER)
-    trainer.save_model(str(run.model_path))
+    trainer.save_final_model()
+
+
+def _take_up(trainer: "BalancedGRPOTrainer", run: RunDirectory, checkpoint: Path) -> None:
+    """Load rlbal's part of a checkpoint, and then forget what was recorded after it."""
+    told = len(trainer.notes)
+    best = trainer.learned.load(checkpoint)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.accelerator.is_main_process:
+        for note in trainer.notes[told:]:
+            print(f"note: {note}", file=sys.stderr)
+        run.rewind(step_of(checkpoint), best)
+    trainer.accelerator.wait_for_everyone()
 
 
 def resume_command(run: RunDirectory) -> str:
@@ -301,13 +314,16 @@ def run_safely(action: Any) -> int:
     """Run `action`; print an error a user can act on without a traceback. Returns the exit status."""
     try:
         action()
-    except RlbalError as error:
-        if os.environ.get("RANK", "0") == "0":
-            Console(stderr=True, highlight=False).print(str(error), markup=False, style="red", soft_wrap=True)
-        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except (Exception, process_group.Terminated) as error:
+        failure = process_group.explain(error)
+        if not isinstance(failure, RlbalError):
+            raise
+        if process_group.is_mine_to_say(failure):
+            Console(stderr=True, highlight=False).print(str(failure), markup=False, style="red", soft_wrap=True)
+        return 1
     return 0
 
 

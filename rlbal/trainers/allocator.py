@@ -168,6 +168,10 @@ class RolloutAllocator:
         tenths from 0 to 1; `allocation/by_success`: the same by the success it then had."""
         return self._tables
 
+    def load_tables(self, tables: dict[str, Any]) -> None:
+        """Go on in the middle of a generation cycle, whose steps all show the tables of its batch."""
+        self._tables = tables
+
     def state_dict(self) -> dict[str, Any]:
         """All but the ledger, which has a file of its own."""
         return self.pool.state_dict()

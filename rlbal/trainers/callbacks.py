@@ -22,7 +22,7 @@ class NothingLeft(Exception):
 
 
 class RunRecorder(TrainerCallback):
-    """Writes metrics.jsonl, and rlbal's part of every checkpoint; keeps the best checkpoint."""
+    """Writes metrics.jsonl and evaluations.jsonl; asks for checkpoints of the best and the last step."""
 
     def __init__(self, run: RunDirectory) -> None:
         self.run = run
@@ -98,12 +98,7 @@ class RunRecorder(TrainerCallback):
         if state.is_world_process_zero:
             best = {"step": state.global_step, "metric": name, "value": value}
             best["checkpoint"] = f"checkpoint-{state.global_step}"
-            write_whole(self.run.path / "best.json", to_json(best) + "\n")
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        assert self.trainer is not None
-        if state.is_world_process_zero:
-            self.trainer.learned.save(self.run.path / f"checkpoint-{state.global_step}")
+            write_whole(self.run.best_path, to_json(best) + "\n")
 
 
 class Interruption(TrainerCallback):

@@ -12,8 +12,8 @@ One training step, in the order of the methods below:
     log                              what metrics.jsonl says of the step
     evaluate                         held-out evaluation with its own sampling
 
-What then is trained on, `rlbal.trainers.compacted` says. TRL keeps the loss, LoRA, checkpoints and the distributed
-engines. Each method has a contract test that fails when TRL changes under it.
+What then is trained on, `rlbal.trainers.compacted` says, and `rlbal.trainers.resumable` how a run is saved. TRL keeps
+the loss, LoRA and the distributed engines. Each method has a contract test that fails when TRL changes under it.
 """
 
 import time
@@ -42,11 +42,11 @@ from rlbal.speed import ROW_LOSSES, transformers_instead
 from rlbal.trainer_args import completion_limit
 from rlbal.trainers.allocator import RolloutAllocator
 from rlbal.trainers.balance import RewardBalance
-from rlbal.trainers.compacted import CompactedGRPOTrainer
 from rlbal.trainers.evaluator import PolicyEvaluator
 from rlbal.trainers.influence import make_probe, teach_all
 from rlbal.trainers.length_budget import LengthBudget
 from rlbal.trainers.microbatch import REWARD_ADVANTAGES
+from rlbal.trainers.resumable import ResumableGRPOTrainer
 from rlbal.trainers.rollout import Rollouts, generation_limit
 from rlbal.trainers.sampler import RowsPerEpoch
 from rlbal.trainers.state import BalanceState
@@ -54,7 +54,7 @@ from rlbal.trainers.step_factor import StepFactor
 from rlbal.trainers.totals import Totals, model_shape
 
 
-class BalancedGRPOTrainer(CompactedGRPOTrainer):
+class BalancedGRPOTrainer(ResumableGRPOTrainer):
     """TRL's GRPOTrainer with rlbal deciding how much each reward, prompt and rollout counts.
 
     Args:
@@ -307,10 +307,3 @@ class BalancedGRPOTrainer(CompactedGRPOTrainer):
     def _final_tokens(self) -> set[int]:
         """A completion that ends otherwise was cut off by the token limit (as TRL has it)."""
         return {*self.eos_token_ids, self._tokenizer.pad_token_id}
-
-    def save_now(self) -> None:
-        """Write a checkpoint of the last complete optimizer step, outside the training loop."""
-        self.learned.take_back()
-        self._step_factor.restore()
-        self._save_checkpoint(self.model, trial=None)
-        self.callback_handler.on_save(self.args, self.state, self.control)

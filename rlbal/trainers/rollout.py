@@ -78,7 +78,6 @@ class Rollouts:
     def __init__(self, trainer: "BalancedGRPOTrainer", rows_at_once: int | None) -> None:
         self.trainer, self.rows_at_once = trainer, rows_at_once
         self.inputs: list[dict[str, Any]] = []  # this process's rows of the generation batch, one per rollout
-        self._mean_length: dict[int, float] = {}  # of the completions of each prompt when it last came
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
         """One completion for each prompt, in order, in the form that TRL expects."""
@@ -89,7 +88,6 @@ class Rollouts:
             for wave in self._waves(N):
                 for row, completion in zip(wave, self._decode(model, ids, wave), strict=True):
                     completions[row] = completion
-        self._remember(completions)
         return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
 
     @property
@@ -121,21 +119,18 @@ class Rollouts:
         )
 
     def _waves(self, N: int) -> list[list[int]]:
-        """Rows to be decoded together: those expected to be longest first, so that the rows of a wave end together."""
+        """Rows to be decoded together: those expected to be longest first, so that the rows of a wave end together.
+
+        Expected by the ledger, which checkpoints hold: what is decoded together decides the last bits of the logits.
+        """
         rows = list(range(N))
         if self.rows_at_once is None or self.rows_at_once >= len(rows):
             return [rows]
         prompt_of_row = [row["prompt_index"] for row in self.inputs]
-        usual = sum(self._mean_length.values()) / max(1, len(self._mean_length))
+        expected = self.trainer.allocator.ledger.expected_lengths(np.array(prompt_of_row))
         # A prompt's rows stay together: they share its prefill.
-        rows.sort(key=lambda row: (-self._mean_length.get(prompt_of_row[row], usual), prompt_of_row[row]))
+        rows.sort(key=lambda row: (-expected[row], prompt_of_row[row]))
         return [rows[start : start + self.rows_at_once] for start in range(0, len(rows), self.rows_at_once)]
-
-    def _remember(self, completions: list[list[int]]) -> None:
-        lengths: dict[int, list[int]] = {}
-        for row, completion in zip(self.inputs, completions, strict=True):
-            lengths.setdefault(row["prompt_index"], []).append(len(completion))
-        self._mean_length |= {prompt: sum(some) / len(some) for prompt, some in lengths.items()}
 
     def _prefetch(self, rows: list[int], completions: list[list[int]]) -> None:
         """Have finished rows scored, with the arguments that the rewards will get."""

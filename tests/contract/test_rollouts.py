@@ -5,6 +5,7 @@ from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,8 +64,7 @@ def test_waves_keep_the_rows_of_a_prompt_together_longest_first(tmp_path: Path) 
     trainer = make_trainer(make_recipe(tmp_path), RewardSuite(make_recipe(tmp_path).rewards))
     rollouts = Rollouts(trainer, rows_at_once=4)
     # Prompt 0 was short last time, prompt 1 long; prompt 2 is new and taken for average.
-    rollouts.inputs = [{"prompt_index": index} for index in (0, 1)]
-    rollouts._remember([[7] * 2, [7] * 10])
+    trainer.allocator.ledger.observe(np.array([0, 1]), np.array([0.0, 0.0]), np.array([2, 10]), step=0)
     rollouts.inputs = [{"prompt_index": index} for index in (0, 0, 2, 2, 1, 1)]
     assert rollouts._waves(6) == [[4, 5, 2, 3], [0, 1]]
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from rlbal.checkpoint import seal
 from rlbal.errors import RecipeError, RunError
 from rlbal.eval_command import budget_at, evaluate_model, model_folder
 from rlbal.recipe import parse_recipe
@@ -21,8 +22,8 @@ def run(tmp_path: Path) -> RunDirectory:
     for step in (5, 10):
         folder = run.path / f"checkpoint-{step}"
         folder.mkdir()
-        for name in (STATE, "trainer_state.json"):
-            (folder / name).write_text("{}")
+        (folder / STATE).write_text("{}")
+        seal(folder)
     (run.path / "best.json").write_text(json.dumps({"checkpoint": "checkpoint-5"}))
     return run
 

@@ -11,6 +11,7 @@ import pytest
 from scipy.stats import beta
 from typer.testing import CliRunner
 
+from rlbal.checkpoint import seal
 from rlbal.cli import app
 from rlbal.ledger_command import find_ledger
 from rlbal.ledger_view import shared_ends
@@ -49,8 +50,8 @@ def make_run(folder, *overrides, prompts=PROMPTS, kinds=None):
 def add_checkpoint(run, step):
     path = run.path / f"checkpoint-{step}"
     path.mkdir()
-    for name in (STATE, "trainer_state.json"):
-        (path / name).write_text("{}")
+    (path / STATE).write_text("{}")
+    seal(path)
     return path
 
 

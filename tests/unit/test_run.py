@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from rlbal.checkpoint import SEAL, put_in_place, seal
 from rlbal.errors import RunError
 from rlbal.run import MARKER, STATE, RunDirectory, append_jsonl, read_jsonl, to_json, write_whole
 from tests.small_recipe import small
@@ -18,11 +19,13 @@ def run(tmp_path):
     return run
 
 
-def checkpoint(run, name, files=(STATE, "trainer_state.json")):
+def checkpoint(run, name, sealed=True):
     folder = run.path / name
-    folder.mkdir()
-    for file in files:
-        (folder / file).write_text("{}")
+    (folder / "deep").mkdir(parents=True)
+    (folder / STATE).write_text("{}")
+    (folder / "deep" / "optimizer.pt").write_bytes(bytes(100))
+    if sealed:
+        seal(folder)
     return folder
 
 
@@ -142,8 +145,10 @@ def test_no_recipe_outside_a_run(tmp_path):
 
 def test_checkpoints_are_ordered_by_step_and_whole(run):
     ten, two = checkpoint(run, "checkpoint-10"), checkpoint(run, "checkpoint-2")
-    checkpoint(run, "checkpoint-30", files=(STATE,))
-    checkpoint(run, "checkpoint-40", files=("trainer_state.json",))
+    checkpoint(run, "checkpoint-30", sealed=False)
+    (checkpoint(run, "checkpoint-40") / STATE).unlink()
+    (checkpoint(run, "checkpoint-41") / "deep" / "optimizer.pt").write_bytes(bytes(99))
+    (checkpoint(run, "checkpoint-42") / SEAL).write_text("{half of")
     checkpoint(run, "checkpoint-50-old")
     checkpoint(run, "checkpoint-best")
     assert run.checkpoints() == [two, ten]
@@ -151,7 +156,7 @@ def test_checkpoints_are_ordered_by_step_and_whole(run):
 
 
 def test_nothing_to_resume_from(run):
-    checkpoint(run, "checkpoint-1", files=())
+    checkpoint(run, "checkpoint-1", sealed=False)
     with pytest.raises(RunError) as caught:
         run.latest_checkpoint()
     assert str(caught.value) == (
@@ -165,13 +170,32 @@ def test_rewind_forgets_later_steps_and_keeps_earlier(run):
         append_jsonl(run.metrics_path, {"step": step, "loss": step / 2})
     for step in (0, 4):
         append_jsonl(run.evaluations_path, {"step": step})
-    run.rewind(2)
+    run.rewind(2, None)
     assert list(read_jsonl(run.metrics_path)) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}]
     assert list(read_jsonl(run.evaluations_path)) == [{"step": 0}]
 
 
+@pytest.mark.parametrize("best", [None, {"step": 1, "checkpoint": "checkpoint-1"}])
+def test_rewind_brings_back_the_best_of_then_and_clears_what_was_unfinished(run, best):
+    write_whole(run.best_path, '{"step": 4, "checkpoint": "checkpoint-4"}')
+    (run.aside / "checkpoint-5").mkdir(parents=True)
+    run.rewind(2, best)
+    assert run.best() == best
+    assert not run.aside.exists()
+
+
+def test_a_folder_takes_the_place_of_an_older_one(run):
+    old, new = checkpoint(run, "checkpoint-3"), run.aside / "checkpoint-3"
+    new.mkdir(parents=True)
+    (new / "newer").touch()
+    seal(new)
+    put_in_place(new, old)
+    assert sorted(path.name for path in old.iterdir()) == ["newer", SEAL]
+    assert list(run.aside.iterdir()) == []
+
+
 def test_rewind_without_records_is_nothing(run):
-    run.rewind(2)
+    run.rewind(2, None)
     assert not run.metrics_path.exists()
 
 
@@ -207,7 +231,7 @@ def test_rewind_repairs_a_cut_off_line(run):
     append_jsonl(run.metrics_path, {"step": 1})
     with run.metrics_path.open("a") as file:
         file.write('{"step": 2, "lo')
-    run.rewind(1)
+    run.rewind(1, None)
     append_jsonl(run.metrics_path, {"step": 2})
     assert list(read_jsonl(run.metrics_path)) == [{"step": 1}, {"step": 2}]
 

@@ -5,6 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from rlbal.checkpoint import seal
 from rlbal.cli import app
 from rlbal.errors import RecipeError, RlbalError, RunError
 from rlbal.experiments.results import SAVED_LAST
@@ -145,8 +146,8 @@ def planned_run(tmp_path, *overrides, seed=0):
 def checkpoint(run, step):
     folder = run.path / f"checkpoint-{step}"
     folder.mkdir()
-    for file in (STATE, "trainer_state.json"):
-        (folder / file).write_text("{}")
+    (folder / STATE).write_text("{}")
+    seal(folder)
 
 
 def test_nothing_there(tmp_path):
