@@ -199,7 +199,7 @@ def _check_lengths(
 
 def _estimate(bound: Bound, model: Any, report: Report, say: Say) -> None:
     from rlbal.launch import accelerate_config
-    from rlbal.memory import GIB, estimate_memory, zero_stage
+    from rlbal.memory import GIB, critic_parameters, estimate_memory, zero_stage
     from rlbal.model import adapter_parameters, lora_config
     from rlbal.trainer_args import completion_limit
 
@@ -207,6 +207,10 @@ def _estimate(bound: Bound, model: Any, report: Report, say: Say) -> None:
     parameters = trainable = model.num_parameters()
     if lora is not None:
         trainable = adapter_parameters(model, lora)
+    critic = 0
+    if recipe.ppo is not None:
+        backbone = model.base_model.num_parameters() if recipe.ppo.critic == "separate" else 0
+        critic = critic_parameters(model.config.get_text_config().hidden_size, backbone)
     accelerate = recipe.launch.accelerate
     estimate = estimate_memory(
         model.config,
@@ -220,6 +224,8 @@ def _estimate(bound: Bound, model: Any, report: Report, say: Say) -> None:
         prompt_tokens=report.figures.get("prompt_tokens", {}).get("max", 0),
         completion_tokens=completion_limit(bound.args),
         reference=bound.args.beta != 0.0 and lora is None,
+        critic=critic,
+        weight_bytes=None if recipe.model.quantization is None else model.get_memory_footprint(),
     )
     parts = {name: size / GIB for name, size in estimate.parts().items()}
     report.figures["memory"] = {"gib_per_device": {**parts, "full logits": estimate.full_logits / GIB}}

@@ -102,7 +102,9 @@ def check(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: 
 
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="Run directory, model folder or hub id.")],
+    model: Annotated[
+        str, typer.Argument(metavar="RUN_OR_MODEL", help="Run directory, model or adapter folder, or hub id.")
+    ],
     recipe: Annotated[
         Path | None,
         typer.Option("--recipe", help="Recipe whose data, rewards and `evaluation` to use; default: the run's."),
@@ -122,6 +124,27 @@ def evaluate(
         from rlbal.eval_command import evaluate_model
 
         evaluate_model(model, recipe, overrides or [], checkpoint, as_json)
+
+    _run(action)
+
+
+@app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a LoRA run.")],
+    checkpoint: Annotated[str | None, typer.Option(help="`final` (default), `best`, or a step number.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the model goes; default: RUN/merged.")
+    ] = None,
+) -> None:
+    """Merge the adapter of a LoRA run into the model below it; the result loads with AutoModelForCausalLM.
+
+    `rlbal merge runs/my_lora_run`
+    """
+
+    def action() -> None:
+        from rlbal.merge_command import merge_adapter
+
+        typer.echo(f"merged model: {merge_adapter(run, checkpoint, output)}")
 
     _run(action)
 

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import typer
 from rich.console import Console
@@ -20,7 +19,7 @@ def evaluate_model(
     """Evaluate and print.
 
     Args:
-        target: a run directory, a model folder or a hub id.
+        target: a run directory, a folder with a model or an adapter, or a hub id.
         recipe_path: the recipe whose data, rewards and settings to use; a run has its own.
         overrides: `key.sub=value` on that recipe.
         checkpoint: of a run: `final`, `best` or a step.
@@ -70,7 +69,7 @@ def model_folder(run: RunDirectory, checkpoint: str | None) -> Path:
             return run.model_path
         raise RunError(
             f"{run.path} has no final model yet",
-            fix="finish the run (`--resume`), or evaluate a checkpoint: --checkpoint best, or a step number",
+            fix="finish the run (`--resume`), or take a checkpoint: --checkpoint best, or a step number",
         )
     if checkpoint == "best":
         best = run.path / "best.json"
@@ -106,9 +105,10 @@ def budget_at(run: RunDirectory, folder: Path) -> int | None:
 
 
 def _evaluate(recipe: Recipe, source: str, trained_budget: int | None) -> Evaluation:
-    """Evaluate the model of a folder or hub id; at its schedule's last budget where it was not trained with one."""
+    """Evaluate the model of a folder or hub id, or an adapter's; at its schedule's last budget where it was not trained
+    with one."""
     quiet_libraries()
-    from rlbal.model import default_device, load_model, load_tokenizer
+    from rlbal.model import default_device, load_tokenizer, load_trained
     from rlbal.prompts.budget import last_budget
     from rlbal.prompts.data import load_data
     from rlbal.rewards.suite import RewardSuite
@@ -120,8 +120,7 @@ def _evaluate(recipe: Recipe, source: str, trained_budget: int | None) -> Evalua
     if data.eval is None:
         raise RecipeError("no rows are held out", fix="set `data.eval_size` above 0")
     tokenizer = load_tokenizer(source, recipe.model)
-    model: Any = load_model(source, recipe.model)
-    model = model.to(default_device())
+    model = load_trained(source, recipe.model).to(default_device())
     tokens = recipe.evaluation.max_completion_length or completion_limit(args)
     budget = last_budget(recipe.budget, completion_limit(args), args.max_steps)
     if budget is not None and trained_budget is not None:

@@ -1,4 +1,4 @@
-"""How much memory a run needs per device: weights, gradients, optimizer, generation cache and logits.
+"""How much memory a run needs per device: weights, gradients, optimizer, critic, generation cache and logits.
 
 An estimate from the recipe and the model's shape. Activations are not in it: they depend on the attention kernels and
 on gradient checkpointing more than on anything a recipe says.
@@ -21,6 +21,7 @@ class MemoryEstimate:
     weights: float
     gradients: float
     optimizer: float
+    critic: float
     reference: float
     generation_cache: float
     full_logits: float
@@ -31,6 +32,7 @@ class MemoryEstimate:
             "weights": self.weights,
             "gradients": self.gradients,
             "optimizer": self.optimizer,
+            "critic": self.critic,
             "reference": self.reference,
             "generation cache": self.generation_cache,
         }
@@ -48,6 +50,16 @@ def zero_stage(accelerate_config: Path | None) -> int:
     return int((read_accelerate_config(accelerate_config).get("deepspeed_config") or {}).get("zero_stage", 0))
 
 
+def critic_parameters(width: int, backbone: int = 0) -> int:
+    """Weights of PPO's critic: its head, as `rlbal.trainers.value` builds it, and what is below.
+
+    Args:
+        width: of the hidden states.
+        backbone: weights of a separate critic's own model.
+    """
+    return (width * width + width) + (width + 1) + backbone
+
+
 def estimate_memory(
     config: Any,
     *,
@@ -61,6 +73,8 @@ def estimate_memory(
     prompt_tokens: int,
     completion_tokens: int,
     reference: bool,
+    critic: int = 0,
+    weight_bytes: int | None = None,
 ) -> MemoryEstimate:
     """Estimate bytes per device with AdamW (two moments in 32 bits, and a 32-bit copy of weights in fewer bits).
 
@@ -76,6 +90,8 @@ def estimate_memory(
         prompt_tokens: longest prompt.
         completion_tokens: longest completion.
         reference: a reference model is held for the KL term.
+        critic: weights of PPO's critic, all of which are trained.
+        weight_bytes: what all weights take where that is not `dtype` each, as when they are quantized.
     """
     size = BYTES[dtype]
     text = config.get_text_config()
@@ -88,9 +104,10 @@ def estimate_memory(
         return num_processes if stage >= from_stage else 1
 
     return MemoryEstimate(
-        weights=parameters * size / share(3),
+        weights=(parameters * size if weight_bytes is None else weight_bytes) / share(3),
         gradients=trainable * size / share(2),
         optimizer=trainable * (8 + master) / share(1),
+        critic=critic * (size / share(3) + size / share(2) + (8 + master) / share(1)),
         reference=parameters * size / share(3) if reference else 0.0,
         generation_cache=float(rows * cache_row),
         full_logits=float(micro_rows * completion_tokens * text.vocab_size * 4),

@@ -55,6 +55,11 @@ class ModelSection(Section):
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     attn_implementation: str | None = None
+    quantization: Literal["4bit"] | None = Field(
+        default=None,
+        description="Hold the frozen weights under `lora` in 4 bits (QLoRA: NF4, double quantization, computing in "
+        "bfloat16); needs the extra `qlora`. `dtype` is then that of the weights that stay as they are.",
+    )
     trust_remote_code: bool = False
 
     @model_validator(mode="after")

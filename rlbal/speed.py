@@ -87,10 +87,11 @@ def no_token_budget(reason: str) -> RecipeError:
 
 
 def check_speed(recipe: Recipe, args: "GRPOConfig") -> None:
-    """Refuse settings that would have no effect.
+    """Refuse settings that would have no effect, or one that nobody asked for.
 
     Raises:
-        RecipeError: a token budget where micro-batches stay as they are, or rows at once for another engine.
+        RecipeError: a token budget where micro-batches stay as they are, rows at once for another engine, or continuous
+            batching that would round the weights.
     """
     speed, engines = recipe.speed, ("use_vllm", "use_transformers_continuous_batching")
     if speed.max_tokens_per_micro_batch is not None:
@@ -107,3 +108,12 @@ def check_speed(recipe: Recipe, args: "GRPOConfig") -> None:
                 f"`speed.rows_at_once` is for rlbal's own generation, and {others[0]} asks for another",
                 fix="leave one of them out",
             )
+    rounded = args.use_transformers_continuous_batching and (args.bf16 or args.fp16)
+    if rounded and recipe.model.dtype == "float32" and recipe.model.quantization is None:
+        key = "bf16" if args.bf16 else "fp16"
+        raise RecipeError(
+            f"`trainer.use_transformers_continuous_batching` with `trainer.{key}` would train in half precision",
+            why="for generation TRL turns the float32 weights that are trained into half precision, and leaves them so",
+            fix=f"leave `trainer.use_transformers_continuous_batching` out, set `trainer.{key}: false`, or say "
+            f"`model.dtype: {'bfloat16' if args.bf16 else 'float16'}` if that is what you want",
+        )

@@ -105,7 +105,8 @@ def make_recipe(setting: Setting, arm: str, steps: int, seed: int, **trainer: An
         {
             "output_dir": "runs/speed",
             "seed": seed,
-            "model": {"tiny": {}},  # not used: `make_model` builds the model
+            # `make_model` builds the model; this says in which precision.
+            "model": {"tiny": {}, "dtype": "bfloat16" if setting.device == "cuda" else "float32"},
             "data": {"source": "reasoning_gym", "task": "chain_sum", "eval_size": 0},
             "algorithm": {"name": "grpo", "rollouts_per_prompt": ROLLOUTS_PER_PROMPT},
             "rewards": {"functions": {function: reward}},

@@ -228,6 +228,17 @@ def test_lora_trains_its_adapters_only(values: dict[str, Any]) -> None:
     assert report.figures["memory"]["gib_per_device"]["gradients"] == trainable * 4 / 2**30
 
 
+@pytest.mark.parametrize("kind", ["shared", "separate"])
+def test_the_critic_of_ppo_takes_memory(values: dict[str, Any], kind: str) -> None:
+    report = check(values, algorithm__name="ppo", ppo={"critic": kind})
+    assert report.problems == []
+    memory = report.figures["memory"]["gib_per_device"]
+    head = (32 * 32 + 32) + (32 + 1)
+    # The model's words are its output layer too, so a critic without one has as many weights. 4 + 4 + 8 bytes each.
+    model = memory["weights"] if kind == "separate" else 0.0
+    assert memory["critic"] == pytest.approx(4 * model + head * 16 / 2**30, rel=1e-12)
+
+
 TIGHT = """\
 import json
 

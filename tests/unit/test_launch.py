@@ -68,6 +68,17 @@ def test_several_machines_are_not_launched_from_one(recipe):
     )
 
 
+def test_deepspeed_has_to_be_installed(recipe, monkeypatch):
+    monkeypatch.setattr("rlbal.launch.find_spec", lambda name: None)
+    with pytest.raises(RecipeError) as caught:
+        launch_command(recipe, [], [], "zero2", 2)
+    assert str(caught.value) == (
+        "`zero2` needs DeepSpeed, which is not installed\n"
+        "Fix: install the extra `deepspeed`, as in `pip install -e .[deepspeed]`"
+    )
+    launch_command(recipe, [], [], "multi_gpu", 2)
+
+
 @pytest.mark.parametrize(
     ("text", "what"), [("a: [", "is not YAML"), ("", "is not an accelerate"), ("- a", "is not an")]
 )

@@ -4,9 +4,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import nn
 
-from rlbal.memory import estimate_memory, zero_stage
+from rlbal.memory import critic_parameters, estimate_memory, zero_stage
 from rlbal.shipped import shipped_dir
+from rlbal.trainers.value import Critic
 
 
 class Config(SimpleNamespace):
@@ -31,11 +33,17 @@ def test_full_precision() -> None:
         "weights": 1000 * 4,
         "gradients": 1000 * 4,
         "optimizer": 1000 * (4 + 4),  # two moments
+        "critic": 0,
         "reference": 0,
         # keys and values, 3 layers, 1 head of 8 / 2 = 4, 5 + 7 tokens, 4 bytes, 4 rows
         "generation cache": 2 * 3 * 1 * 4 * 12 * 4 * 4,
         "full logits": 2 * 7 * 10 * 4,  # 2 rows, 7 tokens, 10 words, always in 32 bits
     }
+
+
+def test_quantized_weights_take_what_they_take() -> None:
+    found = estimate(weight_bytes=600, trainable=10)
+    assert (found["weights"], found["gradients"], found["optimizer"]) == (600, 10 * 2, 10 * 8)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +75,28 @@ def test_zero_keeps_no_copy_of_weights_in_32_bits() -> None:
 def test_lora_trains_a_tenth() -> None:
     found = estimate(trainable=100)
     assert (found["weights"], found["gradients"], found["optimizer"]) == (2000, 200, 800)
+
+
+@pytest.mark.parametrize(
+    ("stage", "critic"),
+    [
+        (0, 2000 + 2000 + 8000),  # weights, gradients, two moments in 32 bits
+        (1, 2000 + 2000 + 12000 / 4),  # and a 32-bit copy, over four devices
+        (2, 2000 + 2000 / 4 + 12000 / 4),
+        (3, 2000 / 4 + 2000 / 4 + 12000 / 4),
+    ],
+)
+def test_a_critic_is_trained_whole(stage: int, critic: float) -> None:
+    found = estimate(stage=stage, critic=1000)
+    assert found["critic"] == critic
+    assert estimate(stage=stage, critic=1000, trainable=100)["critic"] == critic  # whatever LoRA does to the policy
+    assert {**found, "critic": 0} == estimate(stage=stage)
+
+
+def test_a_critic_has_as_many_weights_as_it_is_built_with() -> None:
+    head, whole = Critic(8, seed=0), Critic(8, seed=0, backbone=nn.Linear(8, 8))
+    assert critic_parameters(8) == sum(one.numel() for one in head.parameters()) == (64 + 8) + (8 + 1)
+    assert critic_parameters(8, 8 * 8 + 8) == sum(one.numel() for one in whole.parameters())
 
 
 def test_heads_as_the_config_has_them() -> None:

@@ -90,3 +90,14 @@ def test_check_says_who_generates_and_what_is_compacted() -> None:
     assert "cache_implementation: static" in said("trainer.cache_implementation=static")[0]
     assert "`speed.compact_micro_batches` is false" in said("speed.compact_micro_batches=false")[1]
     assert "entropy_coef" in said("trainer.entropy_coef=0.1")[1]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_continuous_batching_would_round_float32_weights(precision: str) -> None:
+    engine = "trainer.use_transformers_continuous_batching=true"
+    other = "trainer.bf16=false" if precision == "fp16" else "trainer.fp16=false"
+    with pytest.raises(RecipeError, match=f"with `trainer.{precision}` would train in half precision"):
+        bind_trainer(small(engine, f"trainer.{precision}=true", other))
+    dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
+    bind_trainer(small(engine, f"trainer.{precision}=true", other, f"model.dtype={dtype}"))
+    bind_trainer(small(engine, "trainer.bf16=false"))

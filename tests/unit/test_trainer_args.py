@@ -1,12 +1,14 @@
 """The recipe's `trainer:` section and TRL's GRPOConfig: what is refused, and what arrives."""
 
 import dataclasses
+import os
 import typing
 
 import pytest
+import torch
 from trl import GRPOConfig
 
-from rlbal.errors import RecipeError
+from rlbal.errors import RecipeError, RunError
 from rlbal.model import lora_config
 from rlbal.recipe import parse_yaml
 from rlbal.trainer_args import (
@@ -16,6 +18,7 @@ from rlbal.trainer_args import (
     OWNED,
     POSITIVE,
     bind_trainer,
+    check_engine,
     missing_package,
     trainer_model,
     training_args,
@@ -282,7 +285,7 @@ def test_adapters_and_launch_are_checked_with_the_recipe(override, message):
     assert refusal(override).startswith(message)
 
 
-@pytest.mark.parametrize("lora", ["{}", "{r: 4, init_lora_weights: pissa_niter_16}", "{target_modules: all-linear}"])
+@pytest.mark.parametrize("lora", ["{}", "{r: 4, init_lora_weights: pissa}", "{target_modules: all-linear}"])
 def test_adapters_that_peft_takes_are_taken(lora):
     recipe = small(f"lora={lora}")
     bind_trainer(recipe)
@@ -316,3 +319,29 @@ def test_a_missing_package_stops_training_but_not_the_reading_of_a_recipe(overri
 def test_nothing_is_missing_for_a_plain_recipe():
     args, _ = bind_trainer(small("trainer.report_to=none"))
     assert missing_package(args) is None
+
+
+# Without an accelerator
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="is about machines without accelerator")
+@pytest.mark.parametrize(("override", "precision"), [("seed=0", "no"), ("trainer.bf16=true", "bf16")])
+def test_a_cpu_works_in_float32_whatever_the_launch_configuration_says(override, precision, monkeypatch):
+    """As under accelerate_configs/zero2.yaml, which says bf16, unless the recipe says so too."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    args, _ = training_args(small(override), 1)
+    assert args.use_cpu and args.bf16 == (precision == "bf16")
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == precision
+
+
+def test_fsdp_that_has_become_ddp_is_refused(monkeypatch):
+    check_engine("MULTI_CPU")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    check_engine("MULTI_GPU")
+    with pytest.raises(RunError) as caught:
+        check_engine("MULTI_CPU")
+    assert str(caught.value) == (
+        "FSDP needs GPUs, and there are none\n"
+        "Why: on CPUs accelerate takes DDP in its place, and says nothing\n"
+        "Fix: launch with zero2, zero3 or cpu_2proc of accelerate_configs/"
+    )
