@@ -15,16 +15,17 @@ SEAL = "sealed.json"
 
 
 def seal(folder: Path) -> None:
-    """Bring a folder's files to disk, and write down which they are."""
-    sizes = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SEAL):
-        sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
-        _sync(path)
+    """Write down which files a folder has, and bring all of it to disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SEAL)
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     (folder / SEAL).write_text(json.dumps(sizes, indent=0), encoding="utf-8")
-    _sync(folder / SEAL)
+    bring_to_disk(folder)
+
+
+def bring_to_disk(folder: Path) -> None:
+    """Return only when a folder and what is in it would survive a power cut."""
     for path in [*folder.rglob("*"), folder]:
-        if path.is_dir():
-            _sync(path)
+        _sync(path)
 
 
 def is_sealed(folder: Path) -> bool:

@@ -1,6 +1,5 @@
 """`rlbal merge`: a LoRA run's adapter and the model below it, as one model."""
 
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from rlbal.adapter import adapter_base, is_adapter
+from rlbal.checkpoint import bring_to_disk
 from rlbal.errors import RlbalError, RunError
 from rlbal.eval_command import model_folder
 from rlbal.quiet import quiet_libraries
@@ -95,8 +95,5 @@ def _write(parts: list[Any], folder: Path) -> None:
         aside = Path(place) / folder.name
         for part in parts:
             part.save_pretrained(aside)
-        for path in [*aside.iterdir(), aside]:
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+        bring_to_disk(aside)
         aside.rename(folder)
