@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def launch_command(
     """The `accelerate launch` command line; what is not given comes from the recipe's `launch:` section.
 
     Raises:
-        RecipeError: the recipe is bad, no configuration is named anywhere, or it is for several machines.
+        RecipeError: the recipe is bad, no configuration is named anywhere, or it is for several machines or for
+            DeepSpeed, which is not installed.
     """
     launch = read_recipe(recipe, overrides).launch
     name = accelerate or launch.accelerate
@@ -59,14 +61,20 @@ def launch_command(
             fix="give --accelerate X (a file of accelerate_configs/), or set `launch.accelerate`",
         )
     config = accelerate_config(name)
-    if read_accelerate_config(config).get("num_machines", 1) != 1:
+    values = read_accelerate_config(config)
+    if values.get("distributed_type") == "DEEPSPEED" and find_spec("deepspeed") is None:
+        raise RecipeError(
+            f"`{name}` needs DeepSpeed, which is not installed",
+            fix="install the extra `deepspeed`, as in `pip install -e .[deepspeed]`",
+        )
+    if values.get("num_machines", 1) != 1:
         raise RecipeError(
             f"`{name}` is for several machines, and this one would wait for the others",
             fix=f"run `accelerate launch` on each machine, as {config} and the recipe's first lines show",
         )
     processes = num_processes or launch.num_processes
     return [
-        *[sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)],
+        *[sys.executable, "-m", "rlbal.launcher", "--config_file", str(config)],
         *["--num_processes", str(processes), "-m", "rlbal.train", str(recipe)],
         *[*overrides, f"launch.num_processes={processes}", *options],
     ]

@@ -248,6 +248,8 @@ def _train(
         except NothingLeft:
             pass  # what may be missing is the last evaluation and the final model
         except (TrainingStopped, RewardError) as stop:
+            if isinstance(stop, RewardError) and trainer.accelerator.num_processes > 1:
+                raise  # of this process alone, and a checkpoint takes all of them
             trainer.save_now()
             raise TrainingStopped(f"{stop}\nA checkpoint is saved. Continue: {resume_command(run)}") from None
         if interruption.requested:

@@ -17,7 +17,7 @@ from rlbal.allocation_checks import check_allocation
 from rlbal.balance_checks import check_probe
 from rlbal.batch_plan import BatchPlan, plan_batches
 from rlbal.budget_checks import check_budget
-from rlbal.errors import RecipeError, nearest
+from rlbal.errors import RecipeError, RunError, nearest
 from rlbal.ppo_checks import check_ppo_trainer
 from rlbal.recipe import Recipe
 from rlbal.speed import check_speed
@@ -65,6 +65,7 @@ POSITIVE = {
     "num_iterations",
     "num_train_epochs",
     "max_completion_length",
+    "ddp_timeout",
     "temperature",
 }
 NOT_NEGATIVE = {"learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "beta"}
@@ -283,6 +284,23 @@ def bind_trainer(recipe: Recipe) -> "tuple[GRPOConfig, BatchPlan]":
     return args, plan
 
 
+def check_engine(distributed_type: str) -> None:
+    """Refuse what accelerate would quietly replace by another engine.
+
+    Args:
+        distributed_type: what the processes have become, in accelerate's words.
+
+    Raises:
+        RunError: FSDP was asked for, and DDP on CPUs is there.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and distributed_type == "MULTI_CPU":
+        raise RunError(
+            "FSDP needs GPUs, and there are none",
+            why="on CPUs accelerate takes DDP in its place, and says nothing",
+            fix="launch with zero2, zero3 or cpu_2proc of accelerate_configs/",
+        )
+
+
 def completion_limit(args: "GRPOConfig") -> int:
     """Longest completion in tokens."""
     assert args.max_completion_length is not None  # checked by `_build`
@@ -296,10 +314,13 @@ def chat_options(args: "GRPOConfig") -> dict[str, Any]:
 
 
 def training_args(recipe: Recipe, num_processes: int) -> "tuple[GRPOConfig, BatchPlan]":
-    """The GRPOConfig for the processes that are really here; on a machine without accelerator, the CPU is used.
+    """The GRPOConfig for the processes that are really here.
+
+    On a machine without accelerator, the CPU is used, in float32 unless the recipe sets `trainer.bf16` or `.fp16`.
 
     Raises:
         RecipeError: as `bind_trainer`, for the live number of processes; or a package is missing that it needs.
+        RunError: as `check_engine`.
     """
     import torch
 
@@ -312,10 +333,12 @@ def training_args(recipe: Recipe, num_processes: int) -> "tuple[GRPOConfig, Batc
     kwargs = config_kwargs(recipe, trainer, plan)
     if not torch.accelerator.is_available():
         kwargs["use_cpu"] = True
-        # TRL's default is bf16, which a CPU has no use for; but the launch configuration and TRL must say the same.
-        if not trainer.get("bf16"):
-            kwargs["bf16"] = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+        # TRL and the shipped launch configurations say bf16, which a CPU has no use for.
+        if not trainer.get("bf16") and not trainer.get("fp16"):
+            kwargs["bf16"] = False
+            os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     args = _build(kwargs)
+    check_engine(args.distributed_state.distributed_type.value)
     check_speed(recipe, args)
     check_probe(recipe, args)
     if missing := missing_package(args):

@@ -14,6 +14,7 @@ Reason = Literal[
     "raised", "timeout", "died", "nan", "infinite", "wrong_count", "not_a_number", "out_of_range"
 ]  # fmt: skip
 
+LONGEST = 500  # characters of an example that are kept: it travels, and may repeat a completion
 LARGEST = 3.4028234663852886e38  # of single precision, in which TRL keeps rewards: beyond it they would be infinite
 
 HINTS: dict[str, str] = {

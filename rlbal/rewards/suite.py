@@ -39,7 +39,7 @@ from rlbal.rewards.loading import (
     required_columns,
     signature,
 )
-from rlbal.rewards.outcomes import Failure, Fault, Outcome, merge
+from rlbal.rewards.outcomes import LONGEST, Failure, Fault, Outcome, merge
 from rlbal.rewards.pool import WorkerPool
 from rlbal.rewards.sandbox import Job
 
@@ -259,7 +259,7 @@ class RewardSuite:
         return bind(self._loaded[name], spec.args, spec.unsafe, given)
 
     def _record(self, name: str, judged: list[Outcome]) -> Scores:
-        failures = [Failure(name, one.reason, 1, one.message) for one in judged if isinstance(one, Fault)]
+        failures = [Failure(name, one.reason, 1, one.message[:LONGEST]) for one in judged if isinstance(one, Fault)]
         if failures:
             with self._lock:
                 self._failures = merge([*self._failures, *failures])

@@ -18,6 +18,7 @@ the loss, LoRA and the distributed engines. Each method has a contract test that
 
 import time
 from collections import deque
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ from rlbal.trainers.balance import RewardBalance
 from rlbal.trainers.evaluator import PolicyEvaluator
 from rlbal.trainers.influence import make_probe, teach_all
 from rlbal.trainers.length_budget import LengthBudget
+from rlbal.trainers.local_text import LocalText
 from rlbal.trainers.microbatch import REWARD_ADVANTAGES
 from rlbal.trainers.resumable import ResumableGRPOTrainer
 from rlbal.trainers.rollout import Rollouts, generation_limit
@@ -87,6 +89,7 @@ class BalancedGRPOTrainer(ResumableGRPOTrainer):
         self.success = list(recipe.rewards.functions).index(recipe.rewards.success_name)
         self.batch: RolloutBatch | None = None
         self.totals = Totals()
+        self._local_text = LocalText()
         self._report: dict[str, float] = {}
         self._times: dict[str, float] = dict.fromkeys(("allocate", "generate", "reward", "balance"), 0.0)
         self._last_reward_seconds = 0.0
@@ -146,7 +149,8 @@ class BalancedGRPOTrainer(ResumableGRPOTrainer):
         inputs, cap = self.budget.tell(inputs, self.state.global_step)
         if self._rollouts is not None:
             self._rollouts.inputs = inputs
-        with generation_limit(self, cap):
+        text_stays = nullcontext() if self.log_completions else self._local_text.stays()
+        with generation_limit(self, cap), text_stays:
             output = super()._generate_and_score_completions(inputs)
         balance_started = time.perf_counter()
         self._times["generate"] += balance_started - started - self._last_reward_seconds
@@ -232,6 +236,9 @@ class BalancedGRPOTrainer(ResumableGRPOTrainer):
         mean_length = self.accelerator.gather(lengths).double().mean().item()
         inputs = [{**row, MEAN_LENGTH: mean_length} for row in inputs]
         rewards_NK = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._local_text.texts = (prompts, completions)
+        if not self.log_completions:
+            self._pending_extra_logs.clear()  # columns of the table that is not shown
         self._settle_failures(len(rewards_NK))
         self._rewards_NK, self._completion_ids = rewards_NK.cpu(), completion_ids_list
         self._last_reward_seconds = time.perf_counter() - started
@@ -245,8 +252,11 @@ class BalancedGRPOTrainer(ResumableGRPOTrainer):
         """
         failures = self.suite.take_failures()
         if self.accelerator.num_processes > 1:
-            anywhere = torch.tensor(len(failures), device=self.accelerator.device)
-            if self.accelerator.reduce(anywhere, reduction="sum").item() > 0:
+            local = [len(failures), len(self._pending_metrics)]
+            anywhere = torch.tensor(local, device=self.accelerator.device)
+            failed, metrics = self.accelerator.reduce(anywhere, reduction="sum").tolist()
+            self._local_text.metrics_logged = metrics > 0
+            if failed > 0:
                 failures = merge(gather_object(failures))
         self._failures = {f"reward/{one.reward}/failed/{one.reason}": one.count / num_rows for one in failures}
         reason = verdict(failures, num_rows, self.recipe.rewards)

@@ -22,7 +22,7 @@ def recipe(tmp_path):
 
 def test_the_command_line(recipe):
     assert launch_command(recipe, ["seed=3"], ["--overwrite"], "cpu_2proc", 2) == [
-        *[sys.executable, "-m", "accelerate.commands.launch"],
+        *[sys.executable, "-m", "rlbal.launcher"],
         *["--config_file", str(CONFIGS / "cpu_2proc.yaml"), "--num_processes", "2"],
         *["-m", "rlbal.train", str(recipe), "seed=3", "launch.num_processes=2", "--overwrite"],
     ]
