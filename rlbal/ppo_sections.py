@@ -12,8 +12,10 @@ class PPOSection(Section):
     """Token advantages from a critic (see `rlbal.balance.gae`) and the critic itself (`rlbal.trainers.value`)."""
 
     gamma: float = Field(default=1.0, gt=0, le=1, description="Discount of the future, from one token to the next.")
+    # Below 1 the critic learns its own guesses: one that starts at 0 says "worth little" for long, of all but the last
+    # tokens. benchmarks/algorithms/README.md has a comparison.
     lam: float = Field(
-        default=0.95,
+        default=1.0,
         ge=0,
         le=1,
         description="λ of generalised advantage estimation: 1 trusts the rewards alone, 0 the critic's next value.",

@@ -7,9 +7,8 @@ Every process of an engine writes what it saw of all its runs to FOLDER/ENGINE-R
 
 import json
 import os
-import socket
 import sys
-import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import rlbal.trainers.microbatch
 from rlbal.errors import RecipeError
 from rlbal.rewards.suite import RewardSuite
 from rlbal.trainers.grpo import BalancedGRPOTrainer
+from tests.e2e.engines_fork import fork
 from tests.support import REWARDS_FILE, make_model, make_recipe, make_trainer, make_uneven_rows, parameters
 
 LOSSES = ("grpo", "bnpo", "dapo")  # two that gather a number per row, and one that does not
@@ -148,31 +148,12 @@ def runs_of(engine: str, folder: Path, world: int) -> dict[str, Any]:
     return results
 
 
-def process(rank: int, engine: str, folder: Path, world: int, port: int) -> None:
-    """One process of an engine, told of the others as a launcher would tell it."""
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    if engine.startswith("zero"):
-        import deepspeed
-
-        # Compiling it takes a minute, and results are the same without.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        names |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": engine[-1]}
-        names |= {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto"}
-    else:
-        names |= {"ACCELERATE_USE_CPU": "true"}
-    if engine != "alone":
-        os.environ.update({key: str(value) for key, value in names.items()})
+def write_runs(engine: str, folder: Path, rank: int) -> None:
+    """One process of an engine."""
     # The rows of these runs are so small that a part's own cost would put all of them into one.
     rlbal.trainers.microbatch.PART_TOKENS = 4
-    try:
-        results = runs_of(engine, folder / f"{engine}-{rank}", world)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
+    results = runs_of(engine, folder / f"{engine}-{rank}", int(os.environ.get("WORLD_SIZE", "1")))
     Path(folder, f"{engine}-{rank}.json").write_text(json.dumps(results))
-    sys.stdout.flush()
-    os._exit(0)  # nothing is left to be said to the other process
 
 
 def main(folder: Path, engines: list[str]) -> None:
@@ -180,13 +161,7 @@ def main(folder: Path, engines: list[str]) -> None:
     if any(engine.startswith("zero") for engine in engines):
         import deepspeed  # noqa: F401  (once, for all processes)
     for engine in engines:
-        world = 1 if engine == "alone" else 2
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        torch.multiprocessing.start_processes(
-            process, args=(engine, folder, world, port), nprocs=world, start_method="fork"
-        )
+        fork(engine, partial(write_runs, engine, folder))
 
 
 if __name__ == "__main__":

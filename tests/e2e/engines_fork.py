@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -26,14 +27,18 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def launch_environment(engine: str) -> dict[str, str]:
-    """The variables that `accelerate launch` sets for two processes in full precision."""
-    words = ["--config_file", str(CONFIGS / f"{FILES[engine]}.yaml"), "--num_processes", "2"]
-    words += ["--mixed_precision", "no", "--main_process_port", "0", "script.py"]
-    found: dict[str, str] = {}
-    with patch("torch.distributed.run.run", lambda args: found.update(os.environ)):
+def what_would_start(words: list[str]) -> tuple[Any, dict[str, str]]:
+    """What `accelerate launch` hands to torch's launcher: its arguments, and the environment of the processes."""
+    arguments: list[Any] = []
+    environment: dict[str, str] = {}
+
+    def run(args: Any) -> None:
+        arguments.append(args)
+        environment.update(os.environ)
+
+    with patch("torch.distributed.run.run", run):
         launch_command(launch_command_parser().parse_args(words))
-    return found
+    return arguments[0], environment
 
 
 def _let_fsdp_run_on_cpus() -> None:
@@ -69,9 +74,11 @@ def fork(engine: str, work: Callable[[int], None]) -> None:
     Raises:
         ProcessExitedException: one of them failed; the other is ended.
     """
-    environment, world = {}, 1
+    world, environment = 1, dict[str, str]()
     if engine != "alone":
-        world, environment = 2, launch_environment(engine)
+        words = ["--config_file", str(CONFIGS / f"{FILES[engine]}.yaml"), "--num_processes", "2"]
+        words += ["--mixed_precision", "no", "--main_process_port", "0", "script.py"]
+        world, (_, environment) = 2, what_would_start(words)
         environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     torch.multiprocessing.start_processes(_process, args=(work, environment), nprocs=world, start_method="fork")

@@ -32,7 +32,7 @@ def test_defaults_are_the_design_s() -> None:
     section = small(PPO).ppo
     assert section is not None
     assert (section.critic, section.truncation, section.detach) == ("shared", "terminal", False)
-    assert (section.gamma, section.lam, section.whiten, section.kl_penalty) == (1.0, 0.95, True, 0.0)
+    assert (section.gamma, section.lam, section.whiten, section.kl_penalty) == (1.0, 1.0, True, 0.0)
     assert small().ppo is None
 
 
