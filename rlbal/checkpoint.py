@@ -25,7 +25,7 @@ def seal(folder: Path) -> None:
 def bring_to_disk(folder: Path) -> None:
     """Return only when a folder and what is in it would survive a power cut."""
     for path in [*folder.rglob("*"), folder]:
-        _sync(path)
+        sync(path)
 
 
 def is_sealed(folder: Path) -> bool:
@@ -46,11 +46,12 @@ def put_in_place(aside: Path, final: Path) -> None:
     if final.exists():
         final.rename(old)
     aside.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -12,9 +12,7 @@ from rlbal.errors import RlbalError, RunError
 from rlbal.eval_command import model_folder
 from rlbal.quiet import quiet_libraries
 from rlbal.recipe import ModelSection
-from rlbal.run import RunDirectory
-
-MERGED = "merged"
+from rlbal.run import MERGED, RunDirectory
 
 
 def merge_adapter(target: Path, checkpoint: str | None = None, output: Path | None = None) -> Path:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import asdict
+from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +17,23 @@ if TYPE_CHECKING:
 # Without these a checkpoint's tensors, counts or random numbers mean something else.
 TIED = (
     "seed",
-    "model.name_or_path",
     "model.tiny",
     "model.revision",
     "lora",
     "ppo.critic",
     "allocation.strata",
+    "ppo.critic_learning_rate",
+    # The optimizer and its schedule go on as they are in the checkpoint, whatever the recipe says.
     "trainer.optim",
+    "trainer.learning_rate",
+    "trainer.weight_decay",
+    "trainer.adam_",
+    "trainer.lr_scheduler_",
+    "trainer.warmup_",
     "trainer.num_iterations",
 )
 # These decide where and how a run is recorded, not what it learns.
-FREE = ("output_dir", "launch", "evaluation", "trainer.save_", "trainer.report_to", "trainer.logging_dir")
+FREE = ("output_dir", "launch", "trainer.save_", "trainer.report_to", "trainer.logging_dir")
 PROBED_ROWS = 1000
 
 
@@ -41,28 +48,29 @@ def differences(then: Any, now: Any, path: str = "") -> dict[str, tuple[Any, Any
 
 
 def data_probe(rows: "Dataset") -> dict[str, Any]:
-    """What tells one training set from another: its size and a digest of up to 1,000 prompts spread over it."""
+    """What tells one training set from another: its size and a digest of up to 1,000 rows spread over it."""
     indices = sorted({len(rows) * place // PROBED_ROWS for place in range(PROBED_ROWS)})
-    prompts = rows.select_columns(["prompt"])[indices]["prompt"]
-    text = json.dumps(prompts, ensure_ascii=True, sort_keys=True)
+    text = json.dumps(rows[indices], ensure_ascii=True, sort_keys=True, default=str)
     return {"rows": len(rows), "digest": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def identity(recipe: Recipe, plan: BatchPlan, rows: "Dataset") -> dict[str, Any]:
+def identity(recipe: Recipe, plan: BatchPlan, rows: "Dataset", engine: str) -> dict[str, Any]:
     """What a checkpoint says of the run that wrote it, as JSON types."""
-    return {"recipe": recipe.model_dump(mode="json"), "plan": asdict(plan), "data": data_probe(rows)}
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "plan": asdict(plan),
+        "data": data_probe(rows),
+        "engine": engine,
+    }
 
 
-def check_fits(
-    saved: dict[str, Any], now: dict[str, Any], checkpoint: str, mid_cycle: bool, sharded: bool
-) -> list[str]:
+def check_fits(saved: dict[str, Any], now: dict[str, Any], checkpoint: str, mid_cycle: bool) -> list[str]:
     """See whether a run may go on from a checkpoint.
 
     Args:
         saved, now: what `identity` gave then and gives now.
         checkpoint: its name.
         mid_cycle: it holds rollouts of each process that are still to be trained on.
-        sharded: the engine has the optimizer's state in as many pieces as there are processes.
 
     Returns:
         What has changed, in sentences: from here on it is not the run that was started.
@@ -75,17 +83,17 @@ def check_fits(
     same_data = saved["data"] == now["data"]
     problems = [_describe(key, *pair) for key, pair in changed.items() if _is_tied(key, *pair, same_data=same_data)]
     if not same_data and not any(key.startswith("data.") for key in changed):
-        problems.append(
-            f"the training data ({saved['data']['rows']} rows then, {now['data']['rows']} now, other prompts)"
-        )
+        problems.append(f"the training data ({saved['data']['rows']} rows then, {now['data']['rows']} now, other rows)")
     if _batch(saved["plan"]) != _batch(now["plan"]):
         problems.append(
             f"the batches ({_batch(saved['plan'])} then, {_batch(now['plan'])} now: "
             "`launch.num_processes`, `trainer.per_device_train_batch_size`, `trainer.gradient_accumulation_steps`, "
             "`trainer.steps_per_generation`, `algorithm.rollouts_per_prompt`)"
         )
+    if saved["engine"] != now["engine"]:
+        problems.append(_describe("launch.accelerate", saved["engine"], now["engine"]))
     processes = saved["plan"]["num_processes"], now["plan"]["num_processes"]
-    if processes[0] != processes[1] and (mid_cycle or sharded):
+    if processes[0] != processes[1] and (mid_cycle or now["engine"] != "plain"):
         why = "it holds rollouts of each of them" if mid_cycle else "the optimizer's state is in as many pieces"
         problems.append(f"the number of processes ({processes[0]} then, {processes[1]} now; {why})")
     if problems:
@@ -107,7 +115,9 @@ def _is_tied(key: str, then: Any, now: Any, same_data: bool) -> bool:
         return "ppo" in (then, now)
     if key.startswith("data."):  # a file may have moved
         return not same_data
-    return any(key == tied or key.startswith(f"{tied}.") for tied in TIED)
+    if key == "model.name_or_path":  # a folder may have moved
+        return Path(str(then)).name != Path(str(now)).name
+    return any(key == tied or key.startswith(tied if tied.endswith("_") else f"{tied}.") for tied in TIED)
 
 
 def _describe(key: str, then: Any, now: Any) -> str:

@@ -21,13 +21,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlbal.checkpoint import is_sealed
+from rlbal.checkpoint import is_sealed, sync
 from rlbal.errors import RunError
 from rlbal.recipe import Recipe, read_recipe
 
 MARKER = ".rlbal-run"
 STATE = "rlbal_state.json"
 LEDGER = "ledger.safetensors"
+MERGED = "merged"
 ASIDE = ".unfinished"  # where checkpoints and the final model are written before they get their names
 
 
@@ -123,8 +124,11 @@ class RunDirectory:
 
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
-        found = [path for path in self.path.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-        return sorted(filter(is_sealed, found), key=step_of)
+        return sorted(filter(is_sealed, self._checkpoint_folders()), key=step_of)
+
+    def _checkpoint_folders(self) -> list[Path]:
+        """Whole or not."""
+        return [path for path in self.path.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
 
     def latest_checkpoint(self) -> Path:
         """The newest whole checkpoint.
@@ -148,6 +152,12 @@ class RunDirectory:
         """Write down that the run ended with a step, before `trainer.max_steps`."""
         write_whole(self.stopped_path, to_json({"step": step, "reason": reason}) + "\n")
 
+    def sync_records(self) -> None:
+        """Bring metrics and evaluations to disk, which a checkpoint is about to outlive."""
+        for path in (self.metrics_path, self.evaluations_path):
+            if path.is_file():
+                sync(path)
+
     def evaluated_steps(self) -> set[int]:
         """Optimizer steps after which an evaluation is on record."""
         if not self.evaluations_path.is_file():
@@ -158,23 +168,41 @@ class RunDirectory:
         """Which checkpoint scored best, and how; None before one has."""
         return json.loads(self.best_path.read_text(encoding="utf-8")) if self.best_path.is_file() else None
 
-    def rewind(self, step: int, best: dict[str, Any] | None) -> None:
-        """Forget what was recorded after `step`, which is about to be done again.
+    def record_best(self, best: dict[str, Any] | None) -> None:
+        """Write down what `best` is to give."""
+        if best is None:
+            self.best_path.unlink(missing_ok=True)
+        elif best != self.best():
+            write_whole(self.best_path, to_json(best) + "\n")
+
+    def rotate(self, keep: int | None) -> None:
+        """Delete the oldest checkpoints, but not the newest whole one nor the best, until `keep` are left, if any."""
+        if keep is None or keep < 1:
+            return
+        whole, best = self.checkpoints(), self.best() or {}
+        for path in whole[:-1]:
+            if len(whole) > keep and path.name != best.get("checkpoint"):
+                shutil.rmtree(path, ignore_errors=True)
+                whole = [one for one in whole if one != path]
+
+    def rewind(self, step: int, best: dict[str, Any] | None, at_end: bool) -> None:
+        """Forget what came after `step`, where the run goes on.
 
         Args:
             step: of the checkpoint to go on from.
             best: what `best` gave then.
+            at_end: it is the run's last step.
         """
         for path in (self.metrics_path, self.evaluations_path):
             if path.is_file():
                 kept = [record for record in read_jsonl(path) if record["step"] <= step]
                 write_whole(path, "".join(to_json(record) + "\n" for record in kept))
-        if best is not None:
-            write_whole(self.best_path, to_json(best) + "\n")
-        of_an_end_that_no_longer_is_one = (self.path / LEDGER, self.stopped_path)
-        for path in (*of_an_end_that_no_longer_is_one, *([self.best_path] if best is None else [])):
+        self.record_best(best)
+        for path in (self.path / LEDGER, self.stopped_path):  # of an end that no longer is one
             path.unlink(missing_ok=True)
-        shutil.rmtree(self.aside, ignore_errors=True)
+        later = [path for path in self._checkpoint_folders() if step_of(path) > step]  # cut off, or of a run rewound
+        for folder in (self.aside, *later, *([] if at_end else [self.model_path, self.path / MERGED])):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def step_of(checkpoint: Path) -> int:

@@ -95,6 +95,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
             step = 0 if checkpoint is None else step_of(checkpoint)
             evaluated = {one for one in run.evaluated_steps() if one <= step}
             trainer = build_trainer(inputs, policy, run, start_evaluation=step == 0 and 0 not in evaluated)
+            if step > 0 and step not in evaluated and inputs.data.eval is not None:  # it failed, or was cut off
+                trainer.args.eval_on_start = recipe.evaluation.every is not None and step % recipe.evaluation.every == 0
             _train(trainer, run, checkpoint, console, evaluated)
         if args.distributed_state.is_main_process:
             _summarise(run, console)
@@ -152,6 +154,12 @@ def _claim(run: RunDirectory, recipe: Recipe, args: "GRPOConfig", checkpoint: Pa
     if everyone.is_main_process and checkpoint is None:
         run.start(recipe, overwrite)
     everyone.wait_for_everyone()
+    if not run.is_run:
+        raise RunError(
+            f"process {everyone.process_index} does not see {run.path}, which the first process has made",
+            why="its machine has another file system there",
+            fix="choose an `output_dir` that all machines share",
+        )
 
 
 def _build_tiny(inputs: Inputs, run: RunDirectory) -> Path:
@@ -253,6 +261,7 @@ def _train(
             trainer.save_now()
             raise TrainingStopped(f"{stop}\nA checkpoint is saved. Continue: {resume_command(run)}") from None
         if interruption.requested:
+            trainer.save_if_missing()  # `trainer.save_strategy: best` overrules the wish for a checkpoint
             raise TrainingStopped(
                 f"stopped after step {trainer.state.global_step}; the checkpoint is saved",
                 fix=f"continue: {resume_command(run)}",
@@ -272,12 +281,13 @@ def _train(
 def _take_up(trainer: "BalancedGRPOTrainer", run: RunDirectory, checkpoint: Path) -> None:
     """Load rlbal's part of a checkpoint, and then forget what was recorded after it."""
     told = len(trainer.notes)
-    best = trainer.learned.load(checkpoint)
+    trainer.learned.load(checkpoint)
+    trainer.resumed_at = step = step_of(checkpoint)
     trainer.accelerator.wait_for_everyone()
     if trainer.accelerator.is_main_process:
         for note in trainer.notes[told:]:
             print(f"note: {note}", file=sys.stderr)
-        run.rewind(step_of(checkpoint), best)
+        run.rewind(step, trainer.best, at_end=step >= trainer.args.max_steps)
     trainer.accelerator.wait_for_everyone()
 
 

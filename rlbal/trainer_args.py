@@ -47,6 +47,9 @@ OWNED = {
     "greater_is_better": "`evaluation.best_metric`",
     "load_best_model_at_end": "`evaluation.best_metric` (the best checkpoint is kept)",
     "resume_from_checkpoint": "`rlbal train --resume`",
+    "save_only_model": "nothing: a run goes on from its checkpoints, which therefore hold everything",
+    "save_on_each_node": "nothing: all processes write to one run directory, on a file system they share",
+    "sync_ref_model": "nothing: a moving reference model is in no checkpoint, so that a resumed run would lose it",
     "logging_steps": "nothing: every step is logged, so that metrics.jsonl has no gaps",
     "logging_strategy": "nothing: every step is logged, so that metrics.jsonl has no gaps",
 }

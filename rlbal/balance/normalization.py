@@ -205,7 +205,8 @@ class BetaNormalizer:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rewards": self.names, "mean": self.mean.state_dict(), "variance": self.variance.state_dict()}
+        averages = {"mean": self.mean.state_dict(), "variance": self.variance.state_dict()}
+        return {"rewards": self.names, **averages, "capped": self.capped_K.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`.
@@ -221,4 +222,5 @@ class BetaNormalizer:
             )
         self.mean.load_state_dict(state["mean"])
         self.variance.load_state_dict(state["variance"])
+        self.capped_K = torch.tensor(state["capped"], dtype=torch.float64)
         self.observed = bool((self.mean.weight_K > 0).any())

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rlbal.run import RunDirectory, append_jsonl, to_json, write_whole
+from rlbal.run import RunDirectory, append_jsonl
 
 if TYPE_CHECKING:
     from rlbal.trainers.grpo import BalancedGRPOTrainer
@@ -32,6 +32,7 @@ class RunRecorder(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         assert self.trainer is not None
         self.trainer.learned.remember()
+        state.compute_steps(args, state.max_steps)  # a checkpoint brings those of the recipe it was written with
         self._note_end(state)
         if state.global_step >= state.max_steps or self.stopped is not None:
             raise NothingLeft
@@ -95,10 +96,13 @@ class RunRecorder(TrainerCallback):
         if value is None or state.global_step == 0 or not value > best_before:
             return
         control.should_save = True
-        if state.is_world_process_zero:
-            best = {"step": state.global_step, "metric": name, "value": value}
-            best["checkpoint"] = f"checkpoint-{state.global_step}"
-            write_whole(self.run.best_path, to_json(best) + "\n")
+        best = {"step": state.global_step, "metric": name, "value": value}
+        self.trainer.best = {**best, "checkpoint": f"checkpoint-{state.global_step}"}  # on record once it is saved
+        if not self.trainer.is_in_train or state.global_step == self.trainer.resumed_at:
+            state.best_metric, state.best_global_step = (
+                value,
+                state.global_step,
+            )  # the Trainer compares in its loop only
 
 
 class Interruption(TrainerCallback):

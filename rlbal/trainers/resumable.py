@@ -7,14 +7,14 @@ save_model         the final model, likewise
 
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers.trainer_utils import rotate_checkpoints
 
-from rlbal.checkpoint import not_written, put_in_place, seal
+from rlbal.checkpoint import is_sealed, not_written, put_in_place, seal
 from rlbal.run import RunDirectory
 from rlbal.trainers.compacted import CompactedGRPOTrainer
 
@@ -37,7 +37,11 @@ class ResumableGRPOTrainer(CompactedGRPOTrainer):
 
     def __init__(self, **kwargs: Any) -> None:
         self._aside: Path | None = None
+        self.best: dict[str, Any] | None = None  # which checkpoint scored best, and how
+        self.resumed_at: int | None = None  # the step of the checkpoint that this process went on from
         super().__init__(**kwargs)
+        # The Trainer counts checkpoints that were cut off, and knows the best by a path that may have changed.
+        self._keep, self.args.save_total_limit = self.args.save_total_limit, None
 
     @property
     def in_cycle(self) -> bool:
@@ -71,6 +75,20 @@ class ResumableGRPOTrainer(CompactedGRPOTrainer):
         self.compaction_metrics = dict(state["compaction"])
         self.allocator.load_tables(state["tables"])
 
+    @property
+    def engine(self) -> str:
+        """Whose way of keeping weights and optimizer states a checkpoint has."""
+        plugin: Any = self.args.deepspeed_plugin
+        if plugin is not None:
+            return f"zero{plugin.zero_stage}"
+        return "fsdp" if self.is_fsdp_enabled else "plain"
+
+    def get_train_dataloader(self) -> Any:
+        """TRL's, which draws its random numbers apart: it does so once an epoch, and once more in a resumed one."""
+        loader = super().get_train_dataloader()
+        loader.base_dataloader.generator = torch.Generator().manual_seed(0)
+        return loader
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._aside or super()._get_output_dir(trial))
 
@@ -90,22 +108,18 @@ class ResumableGRPOTrainer(CompactedGRPOTrainer):
             finally:
                 self._aside = None
             self.learned.save_own(aside / name)
-            self._name_best(aside, run.path)
             if self.args.should_save:
+                # The Trainer names the best checkpoint by where it was written, which is for nobody to find.
+                self.state.best_model_checkpoint = None
                 self.state.save_to_json(str(aside / name / "trainer_state.json"))
                 self.learned.save(aside / name)
+                run.sync_records()
 
         self._write_whole(run, name, write)
         if self.args.should_save:
-            # TRL's rotation looked where this checkpoint was being written, and found no other.
-            rotate_checkpoints(str(run.path), self.args.save_total_limit, self.state.best_model_checkpoint)
+            run.record_best(self.best)
+            run.rotate(self._keep)
         self.accelerator.wait_for_everyone()
-
-    def _name_best(self, aside: Path, final: Path) -> None:
-        """Let the best checkpoint's path be the one it will have."""
-        best = self.state.best_model_checkpoint
-        if best is not None and Path(best).parent == aside:
-            self.state.best_model_checkpoint = str(final / Path(best).name)
 
     def save_final_model(self) -> None:
         """Write `model/`, the policy as it is now.
@@ -116,46 +130,40 @@ class ResumableGRPOTrainer(CompactedGRPOTrainer):
         run = RunDirectory(str(self.args.output_dir))
         self._write_whole(run, run.model_path.name, lambda aside: self.save_model(str(aside / run.model_path.name)))
 
-    def _write_whole(self, run: RunDirectory, name: str, write: Any) -> None:
+    def _write_whole(self, run: RunDirectory, name: str, write: Callable[[Path], None]) -> None:
         """Have `write(folder)` make a folder `name` aside, then put it into the run's directory; all processes call it.
 
         Raises:
-            RunError: it could not be written, on whichever process.
+            RunError: it could not be written. On the process it happened to alone: the others wait for it in the middle
+                of their writing, and end with it.
         """
         leads = bool(self.args.should_save)
-        problem: Exception | None = None
         try:
             if leads:
                 shutil.rmtree(run.aside, ignore_errors=True)
                 run.aside.mkdir()
             self.accelerator.wait_for_everyone()
             write(run.aside)
+            self.accelerator.wait_for_everyone()
+            if leads:
+                seal(run.aside / name)
+                put_in_place(run.aside / name, run.path / name)
         except (OSError, SafetensorError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not any(words in str(error) for words in WRITER_SAYS):
                 raise
-            problem = error
-        failed = self._anywhere(problem is not None)
-        if not failed and leads:
-            try:
-                seal(run.aside / name)
-                put_in_place(run.aside / name, run.path / name)
-            except OSError as error:
-                problem = error
-        if self._anywhere(problem is not None):
             if leads:
                 shutil.rmtree(run.aside, ignore_errors=True)
-            raise not_written(name, run.path, problem or OSError("another process could not write its part"))
-
-    def _anywhere(self, happened: bool) -> bool:
-        """Whether something happened on any process; all of them wait for each other."""
-        if self.accelerator.num_processes == 1:
-            return happened
-        flag = torch.tensor(float(happened), device=self.accelerator.device)
-        return self.accelerator.reduce(flag, reduction="sum").item() > 0
+            raise not_written(name, run.path, error) from None
 
     def save_now(self) -> None:
-        """Write a checkpoint of the last complete optimizer step, outside the training loop."""
+        """Write a checkpoint of the last complete optimizer step after one that failed."""
         self.learned.take_back()
         self._step_factor.restore()
-        self._save_checkpoint(self.model, trial=None)
-        self.callback_handler.on_save(self.args, self.state, self.control)
+        self.save_if_missing()
+
+    def save_if_missing(self) -> None:
+        """Write a checkpoint outside the training loop, unless there is one of this step."""
+        run = RunDirectory(str(self.args.output_dir))
+        if not is_sealed(run.path / f"checkpoint-{self.state.global_step}"):
+            self._save_checkpoint(self.model, trial=None)
+            self.callback_handler.on_save(self.args, self.state, self.control)

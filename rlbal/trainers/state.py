@@ -10,7 +10,7 @@ import torch
 
 from rlbal.errors import RunError
 from rlbal.resume import check_fits, identity
-from rlbal.run import LEDGER, STATE, RunDirectory, to_json, write_whole
+from rlbal.run import LEDGER, STATE, to_json, write_whole
 from rlbal.trainers.cycle import cycle_file, load_cycle, save_cycle
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ class BalanceState:
         """Write what all processes know into a checkpoint."""
         trainer = self.trainer
         trainer.allocator.ledger.save(folder / LEDGER)
-        written_by = identity(trainer.recipe, trainer.plan, trainer.rows)
-        best = RunDirectory(str(trainer.args.output_dir)).best()
-        write_whole(folder / STATE, to_json({"written_by": written_by, "best": best, **self.now()}) + "\n")
+        written_by = identity(trainer.recipe, trainer.plan, trainer.rows, trainer.engine)
+        state = {"written_by": written_by, "best": trainer.best, **self.now()}
+        write_whole(folder / STATE, to_json(state) + "\n")
 
     def save_own(self, folder: Path) -> None:
         """Write what only this process has: the rollouts of a generation cycle that is not over."""
@@ -48,11 +48,8 @@ class BalanceState:
             buffered: Any = self.trainer._buffered_inputs
             save_cycle(buffered, cycle_file(folder, self.trainer.accelerator.process_index))
 
-    def load(self, folder: Path) -> dict[str, Any] | None:
+    def load(self, folder: Path) -> None:
         """Go on from what was saved.
-
-        Returns:
-            The best checkpoint's record as it was then.
 
         Raises:
             RunError: it does not fit the recipe or the processes, or is of an rlbal that knew less.
@@ -63,9 +60,9 @@ class BalanceState:
             raise RunError(
                 f"{folder / STATE} has no `{missing[0]}`", "it is of an earlier version of rlbal", "start the run again"
             )
-        now = identity(trainer.recipe, trainer.plan, trainer.rows)
-        mid_cycle, sharded = state["cycle"]["in_cycle"], trainer.is_deepspeed_enabled
-        trainer.notes += check_fits(state["written_by"], now, folder.name, mid_cycle, sharded)
+        now = identity(trainer.recipe, trainer.plan, trainer.rows, trainer.engine)
+        mid_cycle = state["cycle"]["in_cycle"]
+        trainer.notes += check_fits(state["written_by"], now, folder.name, mid_cycle)
         self._take(state)
         trainer.allocator.ledger.load(folder / LEDGER)
         if mid_cycle:
@@ -73,7 +70,11 @@ class BalanceState:
             micro_batches = trainer.args.steps_per_generation or 1
             buffered: Any = load_cycle(rollouts, micro_batches, trainer.accelerator.device)
             trainer._buffered_inputs = buffered
-        return state["best"]
+        trainer.best = state["best"]
+        if trainer.use_vllm:
+            trainer.notes.append(
+                "vLLM's random numbers are in no checkpoint: rollouts will be others than without a stop"
+            )
 
     def _take(self, state: dict[str, Any]) -> None:
         trainer = self.trainer
@@ -86,13 +87,15 @@ class BalanceState:
     def remember(self) -> None:
         """Keep it as it is between two steps, for when the next one fails."""
         ledger = {name: array.copy() for name, array in self.trainer.allocator.ledger.state_dict().items()}
-        self._remembered = self.now(), ledger, random_state()
+        rollouts, tokens = self.trainer._buffered_inputs, self.trainer.state.num_input_tokens_seen
+        self._remembered = self.now(), ledger, random_state(), rollouts, tokens
 
     def take_back(self) -> None:
         """Undo what a step that was not finished has changed, random numbers drawn included."""
-        state, ledger, numbers = self._remembered
+        state, ledger, numbers, rollouts, tokens = self._remembered
         self._take(state)
         self.trainer.allocator.ledger.load_state_dict(ledger)
+        self.trainer._buffered_inputs, self.trainer.state.num_input_tokens_seen = rollouts, tokens
         set_random_state(numbers)
 
 

@@ -17,6 +17,7 @@ from rlbal.errors import RunError
 from rlbal.run import RunDirectory, read_jsonl
 from rlbal.train import train
 from rlbal.trainers import callbacks, resumable
+from rlbal.trainers.evaluator import PolicyEvaluator
 from rlbal.trainers.grpo import BalancedGRPOTrainer
 from rlbal.trainers.state import BalanceState
 from tests.resumable import assert_same, resumable_recipe
@@ -68,11 +69,12 @@ MOMENTS: dict[str, tuple[Any, str, int, Callable[..., Any]]] = {
     "after generating": (BalancedGRPOTrainer, "_gather_batch", 2, die),
     "in a cycle": (BalancedGRPOTrainer, "_compute_loss", 7, die),
     "in a line of metrics.jsonl": (callbacks, "append_jsonl", 8, half_a_line),
-    "in an evaluation": (callbacks, "to_json", 1, die),
+    "in an evaluation": (PolicyEvaluator, "run", 3, die),
+    "after the best evaluation": (RunDirectory, "record_best", 2, die),
     "in the optimizer's file": (torch, "save", 4, half_a_file),
     "before the state is written": (BalanceState, "save", 3, die),
     "before the rename": (resumable, "put_in_place", 3, die),
-    "while old checkpoints are deleted": (resumable, "rotate_checkpoints", 3, die),
+    "while old checkpoints are deleted": (RunDirectory, "rotate", 3, die),
     "in the final model": (resumable, "seal", 5, die),
 }
 
@@ -139,10 +141,10 @@ def test_a_checkpoint_that_lost_a_part_is_passed_over(full: RunDirectory, tmp_pa
     shutil.copytree(full.path, tmp_path / "run")
     run = RunDirectory(tmp_path / "run")
     shutil.rmtree(run.model_path)
-    six, eight = run.checkpoints()
+    (eight,) = [path for path in run.checkpoints() if path.name == "checkpoint-8"]
     with (eight / "optimizer.pt").open("r+b") as file:
         file.truncate(1000)
-    assert run.latest_checkpoint() == six
+    assert run.latest_checkpoint() == run.checkpoints()[-1] != eight
     train(full.recipe().model_copy(update={"output_dir": str(run.path)}), resume=True)
     assert_same(full, run)
 

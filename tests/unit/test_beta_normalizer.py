@@ -28,7 +28,8 @@ def with_moments(mean, variance, estimator="moments", cap=10.0):
     one = normalizer(estimator, cap=cap)
     states = {"mean": mean, "variance": variance}
     one.load_state_dict(
-        {"rewards": one.names} | {name: {"total": [value], "weight": [1.0]} for name, value in states.items()}
+        {"rewards": one.names, "capped": [0.0]}
+        | {name: {"total": [value], "weight": [1.0]} for name, value in states.items()}
     )
     return one
 

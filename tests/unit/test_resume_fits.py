@@ -15,12 +15,12 @@ def rows(count=20, first="1 + 1?"):
     return Dataset.from_dict({"prompt": [first, *(f"{number}?" for number in range(count - 1))]})
 
 
-def said(*overrides, plan=PLAN, data=None):
-    return identity(small(*overrides), plan, data or rows())
+def said(*overrides, plan=PLAN, data=None, engine="plain"):
+    return identity(small(*overrides), plan, data or rows(), engine)
 
 
-def fits(then, now, mid_cycle=False, sharded=False):
-    return check_fits(then, now, "checkpoint-4", mid_cycle, sharded)
+def fits(then, now, mid_cycle=False):
+    return check_fits(then, now, "checkpoint-4", mid_cycle)
 
 
 def test_differences_are_named_by_their_keys():
@@ -38,7 +38,7 @@ def test_the_same_recipe_fits_and_nothing_is_said():
     assert fits(said(), said()) == []
 
 
-@pytest.mark.parametrize("override", ["output_dir=runs/other", "evaluation.every=7", "trainer.save_steps=3"])
+@pytest.mark.parametrize("override", ["output_dir=runs/other", "trainer.report_to=none", "trainer.save_steps=3"])
 def test_what_only_says_how_a_run_is_recorded_may_change(override):
     assert fits(said(), said(override)) == []
 
@@ -46,7 +46,8 @@ def test_what_only_says_how_a_run_is_recorded_may_change(override):
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("trainer.learning_rate=0.5", "resumed with another `trainer.learning_rate` (None then, 0.5 now)"),
+        ("trainer.max_grad_norm=0.5", "resumed with another `trainer.max_grad_norm` (None then, 0.5 now)"),
+        ("evaluation.every=7", "resumed with another `evaluation.every` (None then, 7 now)"),
         (
             "rewards.functions.correct.weight=2.0",
             "resumed with another `rewards.functions.correct.weight` (1.0 then, 2.0 now)",
@@ -61,6 +62,8 @@ def test_what_a_run_may_go_on_with_is_told(override, told):
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
+        (["trainer.learning_rate=0.5"], ["`trainer.learning_rate` (None then, 0.5 now)"]),
+        (["trainer.adam_beta1=0.5"], ["`trainer.adam_beta1` (None then, 0.5 now)"]),
         (["seed=3"], ["`seed` (0 then, 3 now)"]),
         (["model.tiny.hidden_size=64"], ["`model.tiny.hidden_size` (96 then, 64 now)"]),
         (["lora.r=4"], ["`lora` (None then, {'r': 4} now)"]),
@@ -82,7 +85,7 @@ def test_what_a_checkpoint_is_tied_to_is_refused_by_name(overrides, named):
 
 def test_a_file_of_data_may_move_but_not_change():
     assert fits(said(), said("data.size=600")) == ["resumed with another `data.size` (10000 then, 600 now)"]
-    with pytest.raises(RunError, match=r"the training data \(20 rows then, 20 now, other prompts\)"):
+    with pytest.raises(RunError, match=r"the training data \(20 rows then, 20 now, other rows\)"):
         fits(said(), said(data=rows(first="2 + 2?")))
     with pytest.raises(RunError, match=r"`data.prompt` \([\s\S]* then, .* now\)"):
         fits(said(), said("data.prompt='Q: {question}'", data=rows(first="Q: 1 + 1?")))
@@ -109,4 +112,19 @@ def test_more_processes_with_the_same_batches_are_told_or_refused():
     with pytest.raises(RunError, match=r"the number of processes \(1 then, 2 now; it holds rollouts of each of them\)"):
         fits(said(), said(plan=halves), mid_cycle=True)
     with pytest.raises(RunError, match="the optimizer's state is in as many pieces"):
-        fits(said(), said(plan=halves), sharded=True)
+        fits(said(engine="zero2"), said(plan=halves, engine="zero2"))
+
+
+def test_another_engine_is_refused():
+    with pytest.raises(RunError, match=r"`launch.accelerate` \(zero2 then, plain now\)"):
+        fits(said(engine="zero2"), said())
+
+
+@pytest.mark.parametrize(("place", "refused"), [("/elsewhere/base", False), ("/models/other", True)])
+def test_the_folder_of_the_model_may_move(place, refused):
+    then, now = (said("model={}", f"model.name_or_path={path}") for path in ("/models/base", place))
+    if refused:
+        with pytest.raises(RunError, match=r"`model.name_or_path` \(/models/base then, /models/other now\)"):
+            fits(then, now)
+    else:
+        assert fits(then, now) == [f"resumed with another `model.name_or_path` (/models/base then, {place} now)"]

@@ -170,7 +170,7 @@ def test_rewind_forgets_later_steps_and_keeps_earlier(run):
         append_jsonl(run.metrics_path, {"step": step, "loss": step / 2})
     for step in (0, 4):
         append_jsonl(run.evaluations_path, {"step": step})
-    run.rewind(2, None)
+    run.rewind(2, None, at_end=False)
     assert list(read_jsonl(run.metrics_path)) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}]
     assert list(read_jsonl(run.evaluations_path)) == [{"step": 0}]
 
@@ -179,9 +179,42 @@ def test_rewind_forgets_later_steps_and_keeps_earlier(run):
 def test_rewind_brings_back_the_best_of_then_and_clears_what_was_unfinished(run, best):
     write_whole(run.best_path, '{"step": 4, "checkpoint": "checkpoint-4"}')
     (run.aside / "checkpoint-5").mkdir(parents=True)
-    run.rewind(2, best)
+    run.rewind(2, best, at_end=False)
     assert run.best() == best
     assert not run.aside.exists()
+
+
+def test_rewind_leaves_no_checkpoint_of_later_and_no_model_of_another_end(run):
+    for step in (2, 3):
+        checkpoint(run, f"checkpoint-{step}", sealed=step == 2)
+    for folder in (run.model_path, run.path / "merged"):
+        folder.mkdir()
+    run.rewind(2, None, at_end=True)
+    assert run.model_path.is_dir() and (run.path / "merged").is_dir()
+    assert [path.name for path in run.path.glob("checkpoint-*")] == ["checkpoint-2"]
+    run.rewind(2, None, at_end=False)
+    assert not run.model_path.exists() and not (run.path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "left"),
+    [
+        (None, None, [1, 2, 3, 4]),
+        (0, None, [1, 2, 3, 4]),
+        (3, None, [2, 3, 4]),
+        (1, None, [4]),
+        (1, 2, [2, 4]),  # neither the best nor the newest goes
+        (2, 3, [3, 4]),
+        (3, 1, [1, 3, 4]),
+    ],
+)
+def test_old_checkpoints_go_but_not_the_best_nor_the_newest_whole_one(run, keep, best, left):
+    for step in (1, 2, 3, 4):
+        checkpoint(run, f"checkpoint-{step}")
+    checkpoint(run, "checkpoint-9", sealed=False)
+    run.record_best(best and {"step": best, "checkpoint": f"checkpoint-{best}"})
+    run.rotate(keep)
+    assert [path.name for path in run.checkpoints()] == [f"checkpoint-{step}" for step in left]
 
 
 def test_a_folder_takes_the_place_of_an_older_one(run):
@@ -195,7 +228,7 @@ def test_a_folder_takes_the_place_of_an_older_one(run):
 
 
 def test_rewind_without_records_is_nothing(run):
-    run.rewind(2, None)
+    run.rewind(2, None, at_end=False)
     assert not run.metrics_path.exists()
 
 
@@ -231,7 +264,7 @@ def test_rewind_repairs_a_cut_off_line(run):
     append_jsonl(run.metrics_path, {"step": 1})
     with run.metrics_path.open("a") as file:
         file.write('{"step": 2, "lo')
-    run.rewind(1, None)
+    run.rewind(1, None, at_end=False)
     append_jsonl(run.metrics_path, {"step": 2})
     assert list(read_jsonl(run.metrics_path)) == [{"step": 1}, {"step": 2}]
 
