@@ -1,6 +1,6 @@
 """Training runs on several processes and engines, forked from one that has imported everything. Started by a test.
 
-python tests/e2e/compaction_run.py FOLDER ENGINE...     engines: alone, ddp, zero1, zero2, zero3
+python tests/e2e/compaction_run.py FOLDER ENGINE...     engines: alone, ddp, zero1, zero2, zero3, fsdp2
 
 Every process of an engine writes what it saw of all its runs to FOLDER/ENGINE-RANK.json.
 """
@@ -22,7 +22,8 @@ from rlbal.errors import RecipeError
 from rlbal.rewards.suite import RewardSuite
 from rlbal.trainers.grpo import BalancedGRPOTrainer
 from tests.e2e.engines_fork import fork
-from tests.support import REWARDS_FILE, make_model, make_recipe, make_trainer, make_uneven_rows, parameters
+from tests.e2e.engines_run import whole_state
+from tests.support import REWARDS_FILE, make_model, make_recipe, make_trainer, make_uneven_rows
 
 LOSSES = ("grpo", "bnpo", "dapo")  # two that gather a number per row, and one that does not
 ROWS = 16  # per micro-batch, over all processes
@@ -107,18 +108,14 @@ def run(
 
 
 def whole_parameters(model: torch.nn.Module) -> torch.Tensor:
-    """All parameters as one vector, also where each process holds a part of them."""
-    partitioned = [one for one in model.parameters() if hasattr(one, "ds_id")]
-    if not partitioned:
-        return parameters(model)
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(partitioned):
-        return parameters(model).clone()
+    """All parameters that train as one vector."""
+    return torch.cat([one.flatten().double() for one in whole_state(model).values()])
 
 
 def runs_of(engine: str, folder: Path, world: int) -> dict[str, Any]:
     """All runs of an engine."""
+    if engine == "fsdp2":
+        return {"sampled": run(folder, world, sampled=True)}
     results = {}
     if engine != "alone":
         for loss in LOSSES:

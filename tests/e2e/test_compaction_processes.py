@@ -23,8 +23,10 @@ ENGINES = {
     "zero1": ("DEEPSPEED", "DeepSpeedEngine", 1),
     "zero2": ("DEEPSPEED", "DeepSpeedEngine", 2),
     "zero3": ("DEEPSPEED", "DeepSpeedEngine", 3),
+    "fsdp2": ("FSDP", "FSDPQwen3ForCausalLM", None),
 }
-USABLE = [engine for engine in ENGINES if engine == "ddp" or find_spec("deepspeed")]
+# FSDP2 has one run here: rollouts of a policy in pieces. Its gradients are looked at in test_engines.py.
+USABLE = [engine for engine in ENGINES if engine == "ddp" or (engine != "fsdp2" and find_spec("deepspeed"))]
 LOSSES = ("grpo", "bnpo", "dapo")
 # As in tests/contract/test_compaction_equals_trl.py: another order of the same sums. Measured: up to 3e-6.
 TOLERANCE = 5e-5
@@ -36,14 +38,14 @@ pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """Engine -> what each of its processes saw, by run."""
     folder = tmp_path_factory.mktemp("runs")
-    command = [sys.executable, str(SCRIPT), str(folder), "alone", *USABLE]
+    command = [sys.executable, str(SCRIPT), str(folder), "alone", "fsdp2", *USABLE]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with (folder / "output").open("w+") as output:
         program = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
         )
         try:
-            code = program.wait(timeout=240)
+            code = program.wait(timeout=500)
         finally:
             if program.poll() is None:
                 os.killpg(program.pid, signal.SIGKILL)  # the forked processes too
@@ -52,7 +54,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
         assert code == 0, output.read()[-5000:]
     return {
         engine: [json.loads((folder / f"{engine}-{rank}.json").read_text()) for rank in range(processes)]
-        for engine, processes in [("alone", 1), *((engine, 2) for engine in USABLE)]
+        for engine, processes in [("alone", 1), ("fsdp2", 2), *((engine, 2) for engine in USABLE)]
     }
 
 
@@ -110,13 +112,12 @@ def global_completions(processes: list[dict[str, Any]], run: str) -> list[list[l
     return [[row for rows in batch for row in rows] for batch in batches]
 
 
+SAMPLED = {"ddp": ["sampled"], "fsdp2": ["sampled"], "zero3": ["sampled", "sampled in parts"]}
+
+
 @pytest.mark.parametrize(
     ("engine", "run"),
-    [
-        (engine, run)
-        for engine, run in [("ddp", "sampled"), ("zero3", "sampled"), ("zero3", "sampled in parts")]
-        if engine in USABLE
-    ],
+    [(engine, run) for engine, runs in SAMPLED.items() if engine in (*USABLE, "fsdp2") for run in runs],
 )
 def test_two_processes_sample_what_one_samples(engine: str, run: str, seen: dict[str, Any]) -> None:
     """Also where each process holds a part of the weights, and has to call the model as often as the other."""
