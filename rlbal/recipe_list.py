@@ -48,7 +48,7 @@ def show_recipe(name: str, overrides: list[str]) -> None:
 
 def schema_json() -> str:
     """JSON schema of a recipe, with TRL's fields under `trainer`."""
-    from rlbal.trainer_args import trainer_model
+    from rlbal.trainer_section import trainer_model
 
     schema = Recipe.model_json_schema()
     trainer = trainer_model().model_json_schema()

@@ -16,7 +16,7 @@ from datasets import Dataset
 from rlbal.batch import RolloutBatch, batch_metrics, group_rows
 from rlbal.batch_plan import BatchPlan, plan_batches
 from rlbal.recipe import Recipe, parse_recipe
-from rlbal.trainer_args import validate_trainer, with_defaults
+from rlbal.trainer_section import validate_trainer, with_defaults
 from rlbal.trainers.allocator import RolloutAllocator
 from rlbal.trainers.balance import RewardBalance
 

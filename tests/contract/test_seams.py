@@ -11,7 +11,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from rlbal.errors import TrainingStopped
 from rlbal.rewards.suite import RewardSuite
-from rlbal.trainer_args import CHOICES, OWNED, validate_trainer
+from rlbal.trainer_section import CHOICES, OWNED, validate_trainer
 from rlbal.trainers.compacted import CompactedGRPOTrainer
 from rlbal.trainers.grpo import BalancedGRPOTrainer
 from tests.support import PROMPTS, make_recipe, make_trainer, scripted_rollouts

@@ -398,7 +398,7 @@ def test_the_factor_by_hand(
 
 
 def test_every_loss_is_in_the_table_above() -> None:
-    from rlbal.trainer_args import CHOICES
+    from rlbal.trainer_section import CHOICES
 
     assert set(CHOICES["loss_type"]) == set(LOSSES)
     assert PART_TOKENS > 0

@@ -11,17 +11,14 @@ from trl import GRPOConfig
 from rlbal.errors import RecipeError, RunError
 from rlbal.model import lora_config
 from rlbal.recipe import parse_yaml
-from rlbal.trainer_args import (
+from rlbal.trainer_args import bind_trainer, check_engine, missing_package, training_args
+from rlbal.trainer_section import (
     BELOW_ONE,
     CHOICES,
     NOT_NEGATIVE,
     OWNED,
     POSITIVE,
-    bind_trainer,
-    check_engine,
-    missing_package,
     trainer_model,
-    training_args,
     validate_trainer,
 )
 from tests.small_recipe import small
