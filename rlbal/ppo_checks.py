@@ -19,7 +19,8 @@ def check_section(values: dict[str, Any], is_ppo: bool) -> None:
         raise PydanticCustomError(
             "advantage",
             f"`advantage.{next(iter(advantage))}` has no meaning with `algorithm.name: ppo`, whose critic says what a "
-            "token is compared with: leave `advantage` out, and see `ppo.lam` and `ppo.whiten`",
+            "token is compared with: leave `advantage` out (`advantage=null` on the command line), and see `ppo.lam` "
+            "and `ppo.whiten`",
         )
 
 
