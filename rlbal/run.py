@@ -226,9 +226,20 @@ def to_json(record: dict[str, Any]) -> str:
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
-    """Append one record as a line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(to_json(record) + "\n")
+    """Append one record as a line.
+
+    Raises:
+        RunError: the disk does not take it.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(to_json(record) + "\n")
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written",
+            why=str(error),
+            fix="make room, then go on with --resume from the last checkpoint",
+        ) from None
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

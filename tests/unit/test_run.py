@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from pathlib import Path
 
 import pytest
 
@@ -291,3 +292,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, broken):
     monkeypatch.undo()
     write_whole(path, json.dumps({"step": 3}))
     assert json.loads(path.read_text()) == {"step": 3}
+
+
+def test_a_full_disk_is_named():
+    with pytest.raises(RunError, match=r"/dev/full cannot be written\nWhy: .*No space left[\s\S]*--resume"):
+        append_jsonl(Path("/dev/full"), {"step": 1})
