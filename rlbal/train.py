@@ -125,7 +125,7 @@ def _train(
                 raise  # of this process alone, and a checkpoint takes all of them
             trainer.save_now()
             raise TrainingStopped(f"{stop}\nA checkpoint is saved. Continue: {resume_command(run)}") from None
-        if interruption.requested:
+        if interruption.stops:
             trainer.save_if_missing()  # `trainer.save_strategy: best` overrules the wish for a checkpoint
             raise TrainingStopped(
                 f"stopped after step {trainer.state.global_step}; the checkpoint is saved",

@@ -117,12 +117,19 @@ class Interruption(TrainerCallback):
     def __init__(self, console: Console) -> None:
         self.console = console
         self.requested_at: float | None = None
+        self.agreed = False
         self.trainer: BalancedGRPOTrainer | None = None
         self._previous: dict[int, Any] = {}
 
     @property
     def requested(self) -> bool:
         return self.requested_at is not None
+
+    @property
+    def stops(self) -> bool:
+        """Whether the run stops: several processes go by what they have agreed on, not by what one of them heard."""
+        assert self.trainer is not None
+        return self.agreed or (self.requested and self.trainer.accelerator.num_processes == 1)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -149,7 +156,7 @@ class Interruption(TrainerCallback):
         if accelerator.num_processes > 1:
             flag = accelerator.reduce(flag, reduction="sum")
         if flag.item() > 0:
-            self.requested_at = self.requested_at or time.monotonic()
+            self.agreed = True
             control.should_save = control.should_training_stop = True
 
 
