@@ -84,9 +84,11 @@ class ResumableGRPOTrainer(CompactedGRPOTrainer):
         return "fsdp" if self.is_fsdp_enabled else "plain"
 
     def get_train_dataloader(self) -> Any:
-        """TRL's, which draws its random numbers apart: it does so once an epoch, and once more in a resumed one."""
+        """TRL's, which draws a random number whenever an epoch begins, and once more in a resumed one: so apart from
+        the others."""
         loader = super().get_train_dataloader()
         loader.base_dataloader.generator = torch.Generator().manual_seed(0)
+        torch.empty((), dtype=torch.int64).random_()  # the first epoch's, as with TRL: what follows stays the same
         return loader
 
     def _get_output_dir(self, trial: Any) -> str:
