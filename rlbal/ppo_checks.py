@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic_core import PydanticCustomError
 
-from rlbal.balance_sections import HypervolumeWeights
+from rlbal.balance_sections import GradientWeights, HypervolumeWeights
 from rlbal.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -35,6 +35,14 @@ def check_ppo(recipe: "Recipe") -> None:
             "`ppo.critic: shared`",
         )
     weighting = recipe.weighting
+    mixed = recipe.ppo.critic == "shared" and not recipe.ppo.detach
+    if isinstance(weighting, GradientWeights) and weighting.probe == "last_projection" and mixed:
+        raise PydanticCustomError(
+            "probe",
+            "`weighting.probe: last_projection` cannot tell the rewards' gradients from those of a critic on the "
+            "policy's hidden states: set `ppo.detach: true`, or `weighting.probe: last_blocks` (not with DeepSpeed or "
+            "FSDP)",
+        )
     if isinstance(weighting, HypervolumeWeights) and weighting.apply != "learning_rate":
         raise PydanticCustomError(
             "apply",
@@ -70,6 +78,11 @@ def check_ppo_trainer(recipe: "Recipe", trainer: dict[str, Any]) -> None:
         raise RecipeError(
             "`trainer.importance_sampling_level: sequence` weighs whole completions, and PPO weighs tokens",
             fix="leave it out",
+        )
+    if recipe.ppo.critic_warmup_steps > 0 and trainer["weight_decay"] > 0:
+        raise RecipeError(
+            "`trainer.weight_decay` would shrink the policy during `ppo.critic_warmup_steps`, when it is to stay",
+            fix="leave one of them out",
         )
     steps = trainer["max_steps"]
     if 0 < steps <= recipe.ppo.critic_warmup_steps:

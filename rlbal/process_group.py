@@ -25,6 +25,7 @@ from rlbal.peers import INTERVAL, PATIENCE, Peers
 # gloo's and NCCL's words, and those of the store, when other processes are the trouble.
 COLLECTIVE = re.compile(r"gloo|nccl|closed by peer|connection reset|broken pipe|timed out|timeout", re.IGNORECASE)
 STORE_SECONDS = 10.0
+CANNOT_GO_ON = "training cannot go on"
 NOTICE_AT = 0.9  # of the timeout
 
 
@@ -126,6 +127,7 @@ def _watch(peers: Peers, native: bool) -> Callable[[], None]:
         while not ended.wait(INTERVAL):
             try:
                 sign = peers.look_around(main)
+                noticed = noticed and sign.seconds > INTERVAL  # at another place, it may be noticed again
                 if native and not noticed and sign.seconds > NOTICE_AT * _Job.timeout:
                     noticed = True
                     if (cause := peers.find_cause()) and peers.first_to_say(cause):
@@ -153,7 +155,8 @@ def explain(error: BaseException) -> BaseException:
     terminated = isinstance(error, Terminated)
     if peers is None:
         return RunError("terminated") if terminated else error
-    noticed = not isinstance(error, RlbalError) and COLLECTIVE.search(f"{type(error).__name__} {error}")
+    # A timeout of a request or a connection of this process's own is an OSError or the like.
+    noticed = isinstance(error, RuntimeError) and COLLECTIVE.search(f"{type(error).__name__} {error}") is not None
     own = not noticed and not terminated
     words = str(error) if isinstance(error, RlbalError) else f"{type(error).__name__}: {error}"
     try:
@@ -177,7 +180,7 @@ def _explanation(error: BaseException, peers: Peers) -> RunError:
     cause = cause or "every process waits for another one: a connection broke, or they call different operations"
     saw = "the launcher's SIGTERM" if terminated else first_line(error)
     return RunError(
-        f"training cannot go on: {cause}",
+        f"{CANNOT_GO_ON}: {cause}",
         f"the {peers.world} processes work in step, and wait for each other for at most `trainer.ddp_timeout` "
         f"({_Job.timeout:g} s). Process {peers.rank} saw: {saw}",
         "see to that process, then continue from the newest checkpoint with --resume",
@@ -207,12 +210,13 @@ def _tell_launcher(text: str) -> None:
 
 
 def is_mine_to_say(error: RlbalError) -> bool:
-    """Whether this process prints `error`: the first of the job to have it does."""
+    """Whether this process prints `error`: the first of the job to have it does, and of what others did the first to
+    find out, since every process words that differently."""
     first = os.environ.get("RANK", "0") == "0"
     if _Job.peers is None:
         return first
     try:
-        return _Job.peers.first_to_say(str(error))
+        return _Job.peers.first_to_say(CANNOT_GO_ON if error.what.startswith(CANNOT_GO_ON) else str(error))
     except RuntimeError:
         return first
 

@@ -56,7 +56,7 @@ def recorded(path: Path) -> list[dict[str, Any]]:
 def weights(folder: Path) -> dict[str, bytes]:
     """Every tensor of a folder's safetensors files as bytes."""
     tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(folder.rglob("*.safetensors")):
         with safe_open(file, framework="np") as opened:
             tensors |= {f"{file.name}/{name}": opened.get_tensor(name).tobytes() for name in opened.keys()}  # noqa: SIM118
     return tensors

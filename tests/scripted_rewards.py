@@ -47,3 +47,8 @@ def by_prompt(completion_ids: list[list[int]], prompt_index: list[int], **kwargs
 def number_of_tokens(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
     """The length, far above 1."""
     return [float(len(ids)) for ids in completion_ids]
+
+
+def one(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    """The best score for every row."""
+    return [1.0] * len(completion_ids)

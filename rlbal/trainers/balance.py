@@ -53,18 +53,33 @@ class RewardBalance:
         Raises:
             RewardError: an objective of hypervolume weighting has never been scored.
         """
-        self.batches += 1
-        if isinstance(self.section, HypervolumeWeights) and self.section.source == "train":
-            self._observe_scores(_training_scores(batch, self.names, self.by_prompt))
+        self._begin(batch, progress)
         if self.beta is not None:
             assert self.ranges_K2 is not None  # the recipe has seen to it
             self.beta.observe(to_unit_interval(batch.rewards_NK.double(), self.ranges_K2), batch.group_N)
-        self.weights_K = self.weighting.weights(progress)
         rewards_NK = batch.rewards_NK.double() * self.factor_on("rewards")
         advantages_N = compute_advantages(
             rewards_NK, batch.group_N, self.weights_K, self.rule, self.ranges_K2, self.beta
         )
         return advantages_N * self.factor_on("advantages")
+
+    def returns(self, batch: RolloutBatch, progress: float) -> torch.Tensor:
+        """Rewards as they are, weighed and summed with the weights of this moment, shape (N,): what a critic learns to
+        expect.
+
+        A missing reward counts as that reward's mean over the batch, so that it says nothing; as 0 if none is there.
+        """
+        self._begin(batch, progress)
+        rewards_NK = batch.rewards_NK.double()
+        means_K = rewards_NK.nanmean(dim=0).nan_to_num(0.0)
+        return (torch.where(rewards_NK.isnan(), means_K, rewards_NK) * self.weights_K).sum(dim=1)
+
+    def _begin(self, batch: RolloutBatch, progress: float) -> None:
+        """Count the batch, and settle the weights of this moment."""
+        self.batches += 1
+        if isinstance(self.section, HypervolumeWeights) and self.section.source == "train":
+            self._observe_scores(_training_scores(batch, self.names, self.by_prompt))
+        self.weights_K = self.weighting.weights(progress)
 
     def reward_advantages(self, batch: RolloutBatch) -> torch.Tensor:
         """What the advantages would be for each reward alone, 0 for rewards of weight 0: (N, K)."""

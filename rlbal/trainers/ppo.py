@@ -6,7 +6,9 @@ One generation batch, and the steps that train on it:
     _take_advantages                    rewards, values and penalty -> advantages and returns of every token; these and
                                         the old values travel with their rows through `rlbal.trainers.microbatch`
     _compute_loss                       the critic listens to the policy's forward pass; its loss is added
+    training_step                       the end of the critic's warm-up
     create_optimizer                    the critic's own learning rate
+    create_scheduler                    whether the warm-up leaves the policy any steps
     _save, _load_from_checkpoint        the critic beside the policy
 """
 
@@ -29,6 +31,7 @@ from rlbal.balance.gae import (
 )
 from rlbal.balance.value_loss import clipped_value_loss, explained_variance
 from rlbal.batch import RolloutBatch
+from rlbal.errors import RunError
 from rlbal.ppo_sections import PPOSection
 from rlbal.trainers.grpo import BalancedGRPOTrainer
 from rlbal.trainers.influence import NEXT_TO_NOTHING
@@ -109,8 +112,7 @@ class BalancedPPOTrainer(BalancedGRPOTrainer):
             model, checkpointing = cast(Any, self.model), cast(Any, self.args.gradient_checkpointing_kwargs)
             with torch.no_grad(), disable_gradient_checkpointing(model, checkpointing):
                 self._judge(ids, mask, output["completion_ids"].shape[1])
-        # No baseline and no scale: rewards, weighed and summed.
-        rewards_N = self.balance.advantages(batch, self._progress)
+        rewards_N = self.balance.returns(batch, self._progress)
         factors_N = self._prompt_factors(batch)
         advantages_BT = self._estimate(batch, rewards_N, output, mine) * factors_N[mine][:, None]
         device, tokens_BT = self.accelerator.device, in_loss(output).cpu().bool()
@@ -127,7 +129,7 @@ class BalancedPPOTrainer(BalancedGRPOTrainer):
         self, batch: RolloutBatch, rewards_N: torch.Tensor, output: dict[str, Any], mine: slice
     ) -> torch.Tensor:
         """Advantages (B, T) in float64 on the CPU; returns and old values into `output`."""
-        # A row that no reward could score has nothing to teach: its values are what they should be.
+        # A row that no reward could score has nothing to teach: returns of NaN leave it out of the critic's loss.
         scored_B = ~batch.rewards_NK[mine].isnan().all(dim=1)
         actions_BT = in_loss(output).cpu().bool() & scored_B[:, None]
         values_BT1 = self._values_BT1.double().cpu()
@@ -141,7 +143,7 @@ class BalancedPPOTrainer(BalancedGRPOTrainer):
         advantages_BT, returns_BT = estimate_advantages(
             rewards_BT, values_BT, final_B, actions_BT, self.ppo.gamma, self.ppo.lam
         )
-        returns_BT = torch.where(actions_BT, returns_BT, values_BT)
+        returns_BT = torch.where(scored_B[:, None], torch.where(actions_BT, returns_BT, values_BT), torch.nan)
         kinds = [advantages_BT, returns_BT, returns_BT - values_BT, values_BT]
         kinds += [log_ratio_BT] if log_ratio_BT is not None else []
         moments_X3 = torch.stack([masked_moments(one, actions_BT) for one in kinds]).to(self.accelerator.device)
@@ -174,12 +176,13 @@ class BalancedPPOTrainer(BalancedGRPOTrainer):
                 loss = super()._compute_loss(model, inputs)
         finally:
             self.beta = penalty
-        mask_BT = in_loss(inputs).bool()
+        returns_BT = inputs["returns"]
+        mask_BT = in_loss(inputs).bool() & ~returns_BT.isnan()
         # As TRL has it for the policy's loss: the tokens of an optimizer step, a process's share.
         share = self.current_gradient_accumulation_steps / (self.args.steps_per_generation or 1)
         num_tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes * share
         value_loss, clipped = clipped_value_loss(
-            heard[0][:, :-1], inputs["old_values"], inputs["returns"], mask_BT, self.ppo.value_clip, num_tokens
+            heard[0][:, :-1], inputs["old_values"], returns_BT.nan_to_num(), mask_BT, self.ppo.value_clip, num_tokens
         )
         total = torch.stack([value_loss.detach() * num_tokens, clipped, mask_BT.sum()])
         self._learned_3 = self._learned_3.to(total) + total
@@ -187,12 +190,32 @@ class BalancedPPOTrainer(BalancedGRPOTrainer):
         return (0.0 * loss if warming_up else loss) + self.ppo.value_coef * value_loss
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        if 0 < self.ppo.critic_warmup_steps == self.state.global_step:
+            self._forget_warmup()
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             total, clipped, count = self.accelerator.reduce(self._learned_3, reduction="sum").tolist()
             self._report |= {"ppo/value_loss": total / max(count, 1.0), "ppo/value_clipped": clipped / max(count, 1.0)}
             self._learned_3 = torch.zeros(3)
         return loss
+
+    def _forget_warmup(self) -> None:
+        """Start the policy's moments anew: Adam would take the zeros of the warm-up for tiny gradients, and make the
+        first steps after it several times too large. DeepSpeed's flat states cannot be told apart, and stay."""
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        own = {id(parameter) for parameter in self.critic.parameters()}
+        if self.engine in ("plain", "fsdp"):
+            for parameter in [one for one in optimizer.state if id(one) not in own]:
+                del optimizer.state[parameter]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if num_training_steps <= self.ppo.critic_warmup_steps:
+            raise RunError(
+                f"`ppo.critic_warmup_steps` ({self.ppo.critic_warmup_steps}) leaves none of the {num_training_steps} "
+                "steps to the policy",
+                fix="lower it, or train longer",
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None

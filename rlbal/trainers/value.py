@@ -25,9 +25,20 @@ from torch import nn
 from rlbal.errors import RunError
 
 CRITIC = "critic"
-CRITIC_FILE = "critic.safetensors"
+# In a folder of its own: vLLM reads every safetensors file beside a model's as a part of the model.
+CRITIC_FILE = "critic/model.safetensors"
 
 State = dict[str, torch.Tensor]
+
+
+class Float32Linear(nn.Linear):
+    """Computes in float32, whichever precision an engine keeps its weights in.
+
+    In bfloat16, values less than 1/256 apart would be the same.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.float(), self.bias.float())
 
 
 class Critic(nn.Module):
@@ -44,7 +55,7 @@ class Critic(nn.Module):
         # The same on every process, and no random number less for the rollouts.
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            first, last = nn.Linear(width, width), nn.Linear(width, 1)
+            first, last = Float32Linear(width, width), Float32Linear(width, 1)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         self.head = nn.Sequential(first, nn.SiLU(), last)
@@ -56,9 +67,8 @@ class Critic(nn.Module):
 
     def forward(self, hidden_BLH: torch.Tensor) -> torch.Tensor:
         """Values of states, float32: (B, L, H) -> (B, L)."""
-        # In half precision, values less than 1/256 apart would be the same.
         with torch.autocast(hidden_BLH.device.type, enabled=False):
-            return self.head(hidden_BLH.to(next(self.head.parameters()).dtype)).squeeze(-1).float()
+            return self.head(hidden_BLH.float()).squeeze(-1)
 
     def join(self, model: nn.Module) -> None:
         """Become a submodule of the model to train, a language model or a PEFT model around one, before it is wrapped
@@ -108,6 +118,7 @@ def split_state(state: State) -> tuple[State, State]:
 
 def save_critic(state: State, folder: Path) -> None:
     """Write a critic's state beside the policy in `folder`."""
+    (folder / CRITIC_FILE).parent.mkdir(exist_ok=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, folder / CRITIC_FILE)
 
 

@@ -1,6 +1,7 @@
 """PPO in the trainer: what a batch of rollouts becomes, what travels with its rows, and what then learns."""
 
 import inspect
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl.generation import vllm_generation
 
+from rlbal.errors import RunError
 from rlbal.rewards.suite import RewardSuite
 from rlbal.trainer_args import training_args
 from rlbal.trainers.grpo import BalancedGRPOTrainer
@@ -181,6 +183,31 @@ def test_while_the_critic_warms_up_the_policy_stays(tmp_path: Path):
     assert [torch.equal(one[1], other[1]) for one, other in zip(before, after, strict=True)] == [False, False, False]
 
 
+def test_adam_does_not_remember_the_warm_up(tmp_path: Path):
+    """Its first step after 20 steps of zero gradients is as long as a first step ever is: the learning rate."""
+    adam = {"trainer__optim": "adamw_torch", "trainer__learning_rate": 1e-3, "trainer__adam_beta2": 0.999}
+    trainer = make_ppo(tmp_path, **adam, trainer__max_steps=23, ppo__critic_warmup_steps=20)
+    before: list[torch.Tensor] = []
+    original = trainer.training_step
+
+    def step(*args: Any) -> torch.Tensor:
+        before.append(policy_and_critic(trainer)[0])
+        return original(*args)
+
+    trainer.training_step = step
+    trainer.train()
+    longest = [(one - other).abs().max().item() for one, other in pairwise([*before, policy_and_critic(trainer)[0]])]
+    assert longest[:20] == [0.0] * 20
+    assert longest[20] == pytest.approx(1e-3, rel=1e-2)
+    assert max(longest[20:]) < 1.5e-3
+
+
+def test_a_warm_up_longer_than_the_epochs_is_refused(tmp_path: Path):
+    trainer = make_ppo(tmp_path, trainer__max_steps=-1, trainer__num_train_epochs=1, ppo__critic_warmup_steps=100)
+    with pytest.raises(RunError, match=r"`ppo.critic_warmup_steps` \(100\) leaves none of the \d+ steps"):
+        trainer.train()
+
+
 def test_the_penalty_is_in_the_rewards_and_not_in_the_loss(tmp_path: Path):
     changes = {"ppo__kl_penalty": 0.5, "ppo__whiten": False, "ppo__lam": 1.0, "trainer__max_steps": 1}
     trainer = make_ppo(tmp_path, lora={"r": 4, "init_lora_weights": False}, **changes)
@@ -215,11 +242,35 @@ def test_a_row_without_scores_teaches_nothing(tmp_path: Path):
     missing = trainer.batch.rewards_NK.isnan().all(dim=1)
     assert missing.any() and not missing.all()
     assert output["advantages"][missing].abs().sum() == 0
-    assert torch.equal(output["returns"][missing], output["old_values"][missing])
+    assert output["returns"][missing].isnan().all() and output["returns"][~missing].isfinite().all()
     scored = output["completion_mask"].bool() & ~missing[:, None]
     # Whitened over the tokens of the others.
     assert output["advantages"][scored].mean().item() == pytest.approx(0, abs=1e-5)
     assert output["advantages"][scored].var(correction=0).item() == pytest.approx(1, rel=1e-4)
+
+
+def test_rows_without_scores_leave_the_critic_alone(tmp_path: Path):
+    """Also in later steps on the same rollouts, when its values are no longer what they were."""
+    rewards = {"some": {"function": f"{REWARDS_FILE}:never"}}
+    trainer = make_ppo(tmp_path, rewards__functions=rewards, **{**LEARNING, "trainer__num_iterations": 2})
+    _, critic = policy_and_critic(opinionated(trainer))
+    trainer.train()
+    assert torch.equal(policy_and_critic(trainer)[1], critic)
+
+
+def test_the_critic_expects_rewards_as_they_are(tmp_path: Path):
+    """Also one that is the same in the whole batch; where one is missing, its mean over the others."""
+    functions = {
+        "always": {"function": f"{REWARDS_FILE}:one", "range": [0, 1]},
+        "some": {"function": f"{REWARDS_FILE}:sometimes_missing", "weight": 0.5},
+    }
+    trainer = make_ppo(tmp_path, rewards__functions=functions, trainer__max_steps=1, ppo__lam=1.0, ppo__gamma=1.0)
+    trainer.train()
+    some = trainer.batch.rewards_NK[:, 1]
+    assert some.isnan().any()
+    (output,) = trainer.outputs
+    filled = torch.where(some.isnan(), some.nanmean(), some)
+    torch.testing.assert_close(output["returns"][:, 0], 1.0 + 0.5 * filled, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_without_advantages_still_teach_the_critic(tmp_path: Path):
@@ -260,7 +311,7 @@ def test_vllm_is_not_given_the_critic() -> None:
 
 
 def test_gradient_weighting_watches_rewards_less_their_batch_mean(tmp_path: Path):
-    trainer = make_ppo(tmp_path, weighting__method="gradient", trainer__max_steps=2)
+    trainer = make_ppo(tmp_path, weighting__method="gradient", trainer__max_steps=2, ppo__detach=True)
     trainer.train()
     rewards = trainer.batch.rewards_NK
     torch.testing.assert_close(trainer.outputs[-1]["reward_advantages"], rewards - rewards.mean(dim=0))
@@ -306,6 +357,7 @@ def test_overrides_of_trl_are_those_of_the_docstring() -> None:
         "_compute_loss",
         "training_step",
         "create_optimizer",
+        "create_scheduler",
         "_save",
         "_load_from_checkpoint",
     }

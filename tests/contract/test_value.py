@@ -224,7 +224,8 @@ def test_an_adapter_is_saved_without_the_critic(tmp_path: Path):
 @pytest.mark.parametrize("kind", ["missing", "broken", "other"])
 def test_what_is_not_this_critic_is_refused(tmp_path: Path, kind):
     if kind == "broken":
-        (tmp_path / "critic.safetensors").write_bytes(b"\xff" * 40)
+        (tmp_path / "critic").mkdir()
+        (tmp_path / "critic/model.safetensors").write_bytes(b"\xff" * 40)
     if kind == "other":
         save_critic(Critic(16, seed=0).state_dict(), tmp_path)
     with pytest.raises(RunError, match="does not hold the critic of this recipe"):

@@ -62,7 +62,7 @@ CASES: dict[str, dict[str, Any]] = {
     "beta_lora": {**HYPERVOLUME, **BETA, **KNAPSACK, **LORA, "trainer__loss_type": "vespo"},
     "schedule": {**SCHEDULE, **KNAPSACK, "trainer__loss_type": "vespo"},
     "ppo": {**PPO, **KNAPSACK, "trainer__gradient_accumulation_steps": 2, "seed": 2},
-    "ppo_lora": {**PPO, **GRADIENT, **KNAPSACK, **LORA, "trainer__gradient_checkpointing": True},
+    "ppo_lora": {**PPO, **GRADIENT, **KNAPSACK, **LORA, "ppo__detach": True, "trainer__gradient_checkpointing": True},
     "ppo_separate": {**PPO, **HYPERVOLUME, "ppo__critic": "separate", "ppo__kl_penalty": 0.05},
     "ppo_detached": {**PPO, **SCHEDULE, "ppo__detach": True, "trainer__num_iterations": 2},
 }

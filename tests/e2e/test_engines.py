@@ -174,7 +174,7 @@ def test_the_critic_trains_and_comes_back(engine: str, case: str, seen: dict[str
     critic = {name: tensor for name, tensor in moved.items() if name.startswith("critic.")}
     assert len(critic) == (28 if case == "ppo_separate" else 4)
     assert min(tensor.abs().max().item() for name, tensor in critic.items() if ".head." in name) > 1e-5
-    saved, alone = (load_file(folder / f"{name}-{case}/model/critic.safetensors") for name in (engine, "alone"))
+    saved, alone = (load_file(folder / f"{name}-{case}/model/critic/model.safetensors") for name in (engine, "alone"))
     assert {f"critic.{name}" for name in saved} == critic.keys()
     for name, tensor in alone.items():
         torch.testing.assert_close(saved[name], tensor, rtol=1e-4, atol=1e-6)

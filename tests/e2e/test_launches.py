@@ -82,5 +82,5 @@ def test_accelerate_launch_with_zero3_and_a_critic(tmp_path: Path) -> None:
     command += ["--mixed_precision", "no", "--main_process_port", "0"]
     run = launch([*command, "-m", "rlbal.train", "recipes/quickstart.yaml", *PPO], tmp_path)
     assert_ran(run, stage=3)
-    critic = load_file(run.model_path / "critic.safetensors")
+    critic = load_file(run.model_path / "critic/model.safetensors")
     assert critic["head.0.weight"].shape == (96, 96) and critic["head.2.weight"].abs().max() > 1e-5

@@ -102,4 +102,19 @@ def _but_ppo(override: str) -> list[str]:
 
 def test_hypervolume_on_the_learning_rate_and_gradient_weighting_go_with_it() -> None:
     assert small(PPO, BOTH, HYPERVOLUME.format("learning_rate")).ppo is not None
-    assert small(PPO, BOTH, "weighting.method=gradient").ppo is not None
+    assert small(PPO, BOTH, "weighting.method=gradient", "ppo.detach=true").ppo is not None
+
+
+def test_a_shared_critic_s_gradient_would_pass_for_the_rewards() -> None:
+    gradient = (PPO, BOTH, "weighting.method=gradient")
+    with pytest.raises(RecipeError, match=r"`weighting\.probe: last_projection` cannot tell the rewards' gradients"):
+        small(*gradient)
+    for allowed in ("ppo.detach=true", "ppo.critic=separate", "weighting.probe=last_blocks"):
+        small(*gradient, allowed)
+
+
+def test_weight_decay_would_move_the_policy_while_the_critic_warms_up() -> None:
+    decay = ("algorithm.name=ppo", "trainer.weight_decay=0.1")
+    with pytest.raises(RecipeError, match=r"`trainer\.weight_decay` would shrink the policy"):
+        bind_trainer(small(*decay, "ppo.critic_warmup_steps=3"))
+    bind_trainer(small(*decay))
