@@ -31,6 +31,8 @@ def test_the_promised_recipes_are_there():
     assert {
         "recipes/qwen2.5-1.5b/grpo_gsm8k.yaml",
         "recipes/qwen2.5-1.5b/grpo_gsm8k_lora.yaml",
+        "recipes/qwen2.5-1.5b/ppo_gsm8k.yaml",
+        "recipes/tiny/ppo.yaml",
         "recipes/qwen2.5-7b/grpo_gsm8k_qlora.yaml",
         "recipes/qwen2.5-7b/grpo_math.yaml",
         "recipes/qwen2.5-7b/grpo_math_2nodes.yaml",
