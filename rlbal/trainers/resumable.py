@@ -2,7 +2,8 @@
 
 _save_checkpoint   everything is written aside, sealed, brought to disk, and only then gets its name
 _get_output_dir    where TRL writes meanwhile
-save_model         the final model, likewise
+save_final_model   the final model, likewise
+get_train_dataloader  its random numbers apart from those that training draws
 """
 
 import math
