@@ -60,7 +60,8 @@ def known_prior(names: list[str], a: np.ndarray, b: np.ndarray) -> BetaNormalize
     normalizer, ones = BetaNormalizer(names, "moments", 0.0, CAP), [1.0] * len(a)
     averages = {"mean": a / (a + b), "variance": true_variance(a, b)}
     normalizer.load_state_dict(
-        {"rewards": names} | {name: {"total": value.tolist(), "weight": ones} for name, value in averages.items()}
+        {"rewards": names, "capped": [0.0] * len(names)}
+        | {name: {"total": value.tolist(), "weight": ones} for name, value in averages.items()}
     )
     return normalizer
 

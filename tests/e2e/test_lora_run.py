@@ -57,7 +57,8 @@ def logits(model: Any) -> torch.Tensor:
 
 def assert_adapter_alone(folder: Path, *beside: str) -> dict[str, torch.Tensor]:
     """The folder holds no other weights than the adapter's, and those of `beside`; the adapter's."""
-    weights = {path.name for path in folder.iterdir() if path.suffix == ".safetensors" or path.match("*model*.bin")}
+    files = [path for path in folder.rglob("*") if path.suffix == ".safetensors" or path.match("*model*.bin")]
+    weights = {path.relative_to(folder).as_posix() for path in files}
     assert weights - {"ledger.safetensors"} == {"adapter_model.safetensors", *beside}
     adapter = load_file(folder / "adapter_model.safetensors")
     assert all("lora_" in name for name in adapter)

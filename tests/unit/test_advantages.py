@@ -36,7 +36,8 @@ def with_variance(variance):
     beta = normalizer(1)
     seen = {"mean": 0.5, "variance": variance}
     beta.load_state_dict(
-        {"rewards": ["reward0"]} | {name: {"total": [value], "weight": [1.0]} for name, value in seen.items()}
+        {"rewards": ["reward0"], "capped": [0.0]}
+        | {name: {"total": [value], "weight": [1.0]} for name, value in seen.items()}
     )
     return beta
 
