@@ -1,8 +1,8 @@
 """The critic of PPO: what a state is worth, from the hidden states of the policy's own forward pass or its own.
 
 The state before a token is what the policy has read and written so far, and the policy computes the token's
-log-probability from the last hidden state there. A small head on the same hidden state gives its value, so that values
-cost next to nothing. A separate critic is a second model with such a head.
+log-probability from the last hidden state there. A small head on the same hidden state gives its value, so that
+training needs no forward pass of the critic's own. A separate critic is a second model with such a head.
 
 The critic is a submodule of the model that is trained, under the name `CRITIC`, and works in a forward hook of it:
 DDP, DeepSpeed and FSDP see its parameters like any others, and gather them, reduce their gradients and keep their

@@ -70,7 +70,7 @@ def test_ours_is_a_few_numbers_a_row(noted: dict[str, Any]) -> None:
 def test_only_names_are_sent_for_a_metric_of_a_reward(noted: dict[str, Any]) -> None:
     """It is logged on one process; the names are agreed upon, and its column of text stays there."""
     run = noted["metric on one process"]
-    assert [entry["letters"] for entry in run["logs"]] == pytest.approx([15, 15], abs=15)
+    assert len(run["logs"]) == STEPS and all("letters" in entry for entry in run["logs"])
     assert run["pickled"] and sum(size for _, _, size in run["pickled"]) < STEPS * 200
     in_names = sum(size for owner, _, size in run["pickled"] if owner == "rlbal")
     assert sent(run, "rlbal") - in_names == sent(noted["long"], "rlbal")
